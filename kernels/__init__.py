@@ -1,0 +1,1 @@
+"""Kernels: the packed cross-encoder, its attention, and the ranking losses."""

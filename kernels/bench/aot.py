@@ -1,0 +1,153 @@
+"""Registers, spilled bytes and shared memory of every kernel, compiled ahead of time: no GPU is needed.
+
+    python -m kernels.bench aot [--only flash|losses] [--arch 80 90 100] [--dtype bfloat16 float16 float32]
+
+The launchers themselves run, on CPU tensors of real shapes, under a driver that names the card; Triton
+compiles what they launch to a cubin and the launch is withheld. So signature, alignment, constants, warps and
+stages are those of a real call. Registers and spills are ptxas' own words, shared memory is Triton's request.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import re
+import sys
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+# Bytes a block may ask for: CUDA C++ programming guide, technical specifications per compute capability.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SEQLEN = 512  # longest sequence of the compiled flash kernels: long enough for the large tiles
+
+
+@dataclass
+class Compiled:
+    kernel: str
+    arch: int
+    registers: int
+    spill_bytes: int  # stores + loads, per thread
+    shared: int  # bytes per block
+    warps: int
+
+
+class _Card:
+    """What Triton's launcher asks the driver. The device number is new at each call, so nothing comes from
+    the memory of an earlier compilation, perhaps for another card."""
+
+    calls = itertools.count()
+
+    def __init__(self, arch):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return next(self.calls)
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_launches(launch, arch):
+    """Run `launch()` with every Triton launch compiled for sm_<arch> and withheld. Returns [Compiled], one
+    per launch."""
+    run, found = triton.runtime.jit.JITFunction.run, []
+    driver, knobs = triton.runtime.driver, triton.knobs
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        registers = re.search(r"Used (\d+) registers", log.getvalue())
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+        if not registers or not spills:
+            raise RuntimeError(f"ptxas said nothing of registers and spills: {log.getvalue()!r}")
+        spilled = int(spills[1]) + int(spills[2])
+        made = kernel.metadata
+        found.append(Compiled(self.__name__, made.target.arch, int(registers[1]), spilled, made.shared, made.num_warps))
+        return kernel
+
+    before, always, dump = driver._active, knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log
+    try:
+        driver.set_active(_Card(arch))
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        triton.runtime.jit.JITFunction.run = compile_only
+        launch()
+    finally:
+        triton.runtime.jit.JITFunction.run = run
+        knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log = always, dump
+        driver._active = before
+    return found
+
+
+def flash_variants():
+    """{name: flags}: what the supported encoders ask for, and the rest of the surface once."""
+    variants = {f"d={d}": dict(d=d) for d in (32, 64, 96, 128)}
+    variants |= {f"d={d} dropout": dict(d=d, dropout=0.1) for d in (32, 64, 96, 128)}
+    variants["d=64 window"] = dict(d=64, window=64)
+    variants["d=64 window dropout"] = dict(d=64, window=64, dropout=0.1)
+    variants["d=64 bias"] = dict(d=64, bias=True)
+    variants["d=64 bias dropout"] = dict(d=64, bias=True, dropout=0.1)
+    variants["d=64 bias dropout deterministic"] = dict(d=64, bias=True, dropout=0.1, deterministic=True)
+    variants["d=64 [CLS]"] = dict(d=64, cls=True)
+    variants["d=64 bias dropout [CLS]"] = dict(d=64, bias=True, dropout=0.1, cls=True)
+    return variants
+
+
+def launch_flash(dtype, d, window=-1, dropout=0.0, bias=False, deterministic=False, cls=False):
+    """One forward and one backward launch of kernels.flash as an encoder with 12 heads makes them."""
+    from kernels import flash
+
+    heads, sequences, slots = 12, 4, 512
+    tokens = sequences * 32
+    cu = torch.arange(sequences + 1, dtype=torch.int32)
+    q, k, v = torch.zeros(tokens, 3, heads, d, dtype=dtype).unbind(1)
+    cu_k, cu_q, max_q = cu * 32, cu * 32, SEQLEN
+    if cls:
+        q, cu_q, max_q = torch.zeros(sequences, heads, d, dtype=dtype), cu, 1
+    c2p = p2c = lut = None
+    if bias:
+        c2p = torch.zeros(q.shape[0], heads, slots, dtype=dtype)
+        p2c, lut = torch.zeros(tokens, heads, slots, dtype=dtype), torch.zeros(2 * SEQLEN - 1, dtype=torch.int32)
+    where = cu_q, cu_k, max_q, SEQLEN, d**-0.5, window, c2p, p2c, lut, dropout, 1
+    out, lse = flash.launch_forward(q, k, v, *where)
+    flash.launch_backward(torch.zeros_like(out), q, k, v, out, lse, *where, deterministic)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=["flash", "losses"])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=list(SHARED_LIMIT))
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", nargs="+", default=dtypes, choices=dtypes)
+    args = parser.parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        print("error: TRITON_INTERPRET=1 replaces the compiler: unset it", file=sys.stderr)
+        return 2
+    launches = []
+    if args.only != "losses":
+        for dtype, (name, flags) in itertools.product(args.dtype, flash_variants().items()):
+            launches.append((f"flash {dtype} {name}", lambda d=dtype, f=flags: launch_flash(getattr(torch, d), **f)))
+    if args.only != "flash":
+        from kernels.bench import losses
+
+        launches += [(f"loss {name}", launch) for name, launch in losses.launches(dtypes=args.dtype)]
+    print(f"triton {triton.__version__}; registers / bytes spilled per thread / KiB of shared memory (warps)\n")
+    print("| variant | kernel | " + " | ".join(f"sm_{arch}" for arch in args.arch) + " |")
+    print("|---|---|" + "---|" * len(args.arch))
+    too_large = 0
+    for name, launch in launches:
+        for row in zip(*(compile_launches(launch, arch) for arch in args.arch), strict=True):
+            cells = []
+            for c in row:
+                over = c.shared > SHARED_LIMIT[c.arch]
+                too_large += over
+                figures = f"{c.registers} / {c.spill_bytes} / {c.shared / 1024:.1f} ({c.warps})"
+                cells.append(figures + " too large" * over)
+            print(f"| {name} | {row[0].kernel.strip('_')} | " + " | ".join(cells) + " |", flush=True)
+    return 1 if too_large else 0

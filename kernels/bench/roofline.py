@@ -1,0 +1,145 @@
+"""Operations, bytes and least time of a training step, by formula: `python -m kernels.bench roofline` prints them.
+
+kernels/ROOFLINE.md explains the formulas and holds the printed figures. Nothing here is measured.
+"""
+
+import argparse
+
+FLOPS, BANDWIDTH = 800e12, 3.0e12  # an H100's bf16 operations and bytes per second, as reached, not advertised
+
+MODELS = {
+    "MiniLM-L12": dict(hidden=384, layers=12, intermediate=1536, heads=12, vocab=30522),
+    "BERT-base": dict(hidden=768, layers=12, intermediate=3072, heads=12, vocab=30522),
+    "ModernBERT-base": dict(hidden=768, layers=22, intermediate=1152, heads=12, vocab=50368, gated=True, window=64,
+                            global_every=3, mean_pooled=True),
+    "DeBERTa-v3-base": dict(hidden=768, layers=12, intermediate=3072, heads=12, vocab=128100, slots=512),
+}  # fmt: skip
+
+
+def config_of(config):
+    """The sizes this module counts with, from a Hugging Face config of one of the supported families."""
+    sizes = dict(hidden=config.hidden_size, layers=config.num_hidden_layers, intermediate=config.intermediate_size,
+                 heads=config.num_attention_heads, vocab=config.vocab_size)  # fmt: skip
+    if config.model_type == "modernbert":
+        sizes |= dict(gated=True, window=config.local_attention // 2, global_every=config.global_attn_every_n_layers,
+                      mean_pooled=config.classifier_pooling == "mean")  # fmt: skip
+    if config.model_type == "deberta-v2":
+        buckets = config.position_buckets if config.position_buckets > 0 else config.max_position_embeddings
+        sizes |= dict(slots=2 * buckets)
+    return sizes
+
+
+def flops_per_step(config, lengths, train=True, cls_only=True):
+    """Floating-point operations (2 per multiply-add) of a step over packed pairs of `lengths` tokens: matrix
+    products only.
+
+    config: mapping with hidden h, layers, intermediate i, and optionally gated, window w, global_every,
+    slots, mean_pooled (`config_of`). Per token and layer: 8 h^2 for q, k, v and output, 4 h i (6 h i gated)
+    for the feed-forward, 4 h slots for DeBERTa's two tables; per query row 4 h times its keys for attention.
+    cls_only: the last layer runs its queries, output and feed-forward on one row per pair (not where the head
+    is mean_pooled). The head: 2 h^2 per pair. train: three times the forward (gradients of inputs and of
+    weights); what is computed again in the backward pass is not counted.
+    """
+    return sum(_parts(config, lengths, train, cls_only).values())
+
+
+def _parts(config, lengths, train, cls_only):
+    """{"products", "attention", "tables"}: operations by part."""
+    h, i, slots = config["hidden"], config["intermediate"], config.get("slots", 0)
+    feed_forward = (6 if config.get("gated") else 4) * h * i
+    cls_only = cls_only and not config.get("mean_pooled")
+    parts = dict(products=2 * h * h * len(lengths), attention=0, tables=0)
+    for layer in range(config["layers"]):
+        on_cls = cls_only and layer == config["layers"] - 1
+        window = config.get("window") if layer % config.get("global_every", 1) else None
+        for n, pairs in _counts(lengths):
+            rows = 1 if on_cls else n
+            keys = n if on_cls else _pairs_within(n, window)  # (query, key) pairs
+            parts["products"] += pairs * ((4 * h * h + feed_forward) * rows + 4 * h * h * n)
+            parts["attention"] += pairs * 4 * h * keys
+            parts["tables"] += pairs * 2 * h * slots * (rows + n)
+        parts["tables"] += 4 * h * h * slots  # the relative embeddings' own projections
+    return {name: value * (3 if train else 1) for name, value in parts.items()}
+
+
+def _counts(lengths):
+    return ((n, lengths.count(n)) for n in sorted(set(lengths)))
+
+
+def _pairs_within(n, window):
+    """(query, key) pairs of n tokens with |r - c| <= window: n (2 w + 1) less the two cut corners."""
+    if window is None or window >= n:
+        return n * n
+    return n * (2 * window + 1) - window * (window + 1)
+
+
+def parameters(config):
+    """(of the layers and head, of the token embeddings)."""
+    h, i = config["hidden"], config["intermediate"]
+    layer = 4 * h * h + (3 if config.get("gated") else 2) * h * i
+    return config["layers"] * layer + h * h, config["vocab"] * h
+
+
+def bytes_per_step(config, tokens, train=True):
+    """Bytes between chip and memory, at the least that whole-tensor operations need, bf16 activations.
+
+    Per token and layer 2 (18 h + 2 u + 2 i) forward, u = i or 2 i gated: each product reads its input and
+    writes its output, attention reads q, k, v and writes out, two residual-and-norms read two and write one,
+    the activation reads u and writes i. DeBERTa adds 2 * 2 * slots * heads written and read once. Backward:
+    twice the forward. Weights: 2 read in the forward, 2 in the backward, 4 written as gradient, and AdamW's
+    28 (p, m, v, g read, p, m, v written in fp32).
+    """
+    h, i = config["hidden"], config["intermediate"]
+    up = 2 * i if config.get("gated") else i
+    per_token = 2 * (18 * h + 2 * up + 2 * i) + 2 * 2 * 2 * config.get("slots", 0) * config["heads"]
+    body, embeddings = parameters(config)
+    weights = 36 * (body + embeddings) if train else 2 * body
+    return tokens * config["layers"] * per_token * (3 if train else 1) + weights
+
+
+def least_seconds(flops, moved):
+    """No step is faster than its operations at FLOPS or its bytes at BANDWIDTH."""
+    return max(flops / FLOPS, moved / BANDWIDTH)
+
+
+def eager_attention_bytes(config, lengths):
+    """What attention with a [rows, keys] matrix in memory moves beyond flash attention, forward and backward,
+    bf16: scores, probabilities and dropped probabilities written and read once each forward (12 bytes per
+    element), twice that backward. DeBERTa: the two gathered terms and their sum besides (another 12)."""
+    per_element = 36 * (2 if config.get("slots") else 1)
+    return config["layers"] * config["heads"] * per_element * sum(n * n for n in lengths)
+
+
+def loss_flops(documents):
+    """RankNet over one list: about 10 operations for each ordered pair (difference, exp, log, two sums)."""
+    return 10 * documents * documents
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench roofline", description=__doc__.split("\n")[0])
+    parser.add_argument("--queries", type=int, default=16, help="queries per step (default 16)")
+    parser.add_argument("--documents", type=int, nargs="+", default=[8, 100], help="per query (default 8 100)")
+    parser.add_argument("--length", type=int, default=90, help="tokens per pair (default 90)")
+    parser.add_argument("--padded", type=int, default=251, help="width of a padded batch (default 251)")
+    args = parser.parse_args(argv)
+    print("| model | documents | TFLOP | attention | tables | loss | GB | least ms (bound by) "
+          "| last layer on [CLS] saves | packing saves | flash saves GB |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for documents in args.documents:
+        for name, config in MODELS.items():
+            pairs = args.queries * documents
+            lengths = [args.length] * pairs
+            parts = _parts(config, lengths, True, True)
+            flops = sum(parts.values())
+            moved = bytes_per_step(config, sum(lengths))
+            every_row = flops_per_step(config, lengths, cls_only=False)
+            padded = flops_per_step(config, [args.padded] * pairs)
+            loss = args.queries * loss_flops(documents)
+            by = "operations" if flops / FLOPS > moved / BANDWIDTH else "bytes"
+            print(
+                f"| {name} | {documents} | {flops / 1e12:.2f} | {parts['attention'] / flops:.1%} "
+                f"| {parts['tables'] / flops:.1%} | {loss / flops:.0e} | {moved / 1e9:.1f} "
+                f"| {1e3 * least_seconds(flops, moved):.1f} ({by}) | {1 - flops / every_row:.1%} "
+                f"| {1 - flops / padded:.1%} | {eager_attention_bytes(config, lengths) / 1e9:.1f} |"
+            )
+    return 0

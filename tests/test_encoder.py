@@ -1,0 +1,352 @@
+"""The packed encoder against Hugging Face's own padded eager forward, for every architecture it runs."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+
+from kernels.attention import varlen_attention
+from kernels.encoder import (
+    CrossEncoder,
+    ModelError,
+    NonFiniteScores,
+    check_config,
+    default_max_tokens,
+    micro_batches,
+)
+
+WORDS = [f"w{i}" for i in range(90)]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48,
+         "vocab_size": 100, "num_labels": 1, "attn_implementation": "eager"}
+LONG = {"max_position_embeddings": 700, "layer_norm_eps": 1e-6}
+DEBERTA = LONG | {"relative_attention": True, "position_buckets": 256, "pos_att_type": "p2c|c2p", "share_att_key": True,
+                  "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+                  "max_position_embeddings": 512, "max_relative_positions": -1}
+MODERN = {"max_position_embeddings": 700, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+          "sep_token_id": 2, "attention_dropout": 0.1}  # not 0: the model has a second dropout after attention then
+ARCHITECTURES = {
+    "bert": hf.BertConfig(**SMALL, **LONG),
+    "minilm": hf.BertConfig(**SMALL | {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_act": "relu"}, **LONG),
+    "roberta": hf.RobertaConfig(**SMALL, **LONG | {"type_vocab_size": 1, "pad_token_id": 1}),
+    "electra": hf.ElectraConfig(**SMALL, **LONG, embedding_size=32),
+    "electra-projected": hf.ElectraConfig(**SMALL, **LONG, embedding_size=24),
+    "modernbert": hf.ModernBertConfig(**SMALL | {"num_hidden_layers": 4}, **MODERN),
+    "modernbert-mean": hf.ModernBertConfig(**SMALL, **MODERN, classifier_pooling="mean", attention_bias=True),
+    "modernbert-last-local": hf.ModernBertConfig(**SMALL, **MODERN),
+    "modernbert-narrow": hf.ModernBertConfig(**SMALL, **MODERN, local_attention=16),
+    "deberta": hf.DebertaV2Config(**SMALL, **DEBERTA),
+    "deberta-own-keys": hf.DebertaV2Config(**SMALL, **DEBERTA | {"share_att_key": False, "norm_rel_ebd": "none"}),
+    "deberta-c2p": hf.DebertaV2Config(**SMALL, **DEBERTA | {"pos_att_type": "c2p", "type_vocab_size": 2}),
+    "deberta-p2c": hf.DebertaV2Config(**SMALL, **DEBERTA | {"pos_att_type": "p2c", "position_buckets": -1,
+                                                            "max_relative_positions": 40}),
+    "deberta-absolute": hf.DebertaV2Config(**SMALL, **DEBERTA | {"position_biased_input": True, "position_buckets": 16,
+                                                                 "max_position_embeddings": 700, "embedding_size": 24}),
+}
+# tokens of query and document: pairs of 3 and 4 tokens, equal neighbours, both sides of ModernBERT's window of 64,
+# DeBERTa's buckets beyond the identity (128) and beyond the largest distance of the configuration
+SIDES = [(0, 0), (1, 0), (5, 9), (6, 8), (2, 60), (2, 61), (2, 62), (30, 100), (32, 256), (31, 560), (1, 1)]
+
+
+def word_tokenizer(model_type):
+    """A word-level tokenizer with the family's special tokens and its own pair template."""
+    roberta = model_type == "roberta"
+    pad, cls, sep, unk = ("<pad>", "<s>", "</s>", "<unk>") if roberta else ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+    first = [cls, pad, sep, unk] if roberta else [pad, cls, sep, unk]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(first + WORDS)}, unk_token=unk))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    second = 0 if model_type in ("roberta", "modernbert") else 1
+    between = f"{sep} {sep}" if roberta else sep
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}", pair=f"{cls} $A {between} $B:{second} {sep}:{second}",
+        special_tokens=[(t, backend.token_to_id(t)) for t in (cls, sep)])
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (second == 1)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=backend, cls_token=cls, sep_token=sep, pad_token=pad,
+                                      unk_token=unk, model_input_names=names, model_max_length=700)
+
+
+def build(name, dropout=0.0):
+    """A random model (no weight near its usual small start, so that every term matters) without dropout."""
+    torch.manual_seed(7)
+    model = hf.AutoModelForSequenceClassification.from_config(ARCHITECTURES[name])
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            is_norm_weight = parameter.dim() == 1 and parameter_name.endswith("weight")
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + is_norm_weight)
+    set_dropout(model, dropout)
+    return CrossEncoder(model, word_tokenizer(model.config.model_type), 32, 600).eval()
+
+
+def set_dropout(model, p):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = p
+
+
+def random_sides(sides, seed=3):
+    rng = np.random.default_rng(seed)
+    return tuple([rng.integers(4, 94, n).astype(np.int32) for n in side] for side in zip(*sides, strict=True))
+
+
+def padded_logits(encoder, queries, documents):
+    """Hugging Face's forward over one padded batch, in the tokenizer's own pair format."""
+    tokenizer = encoder.tokenizer
+
+    def text(ids):
+        return " ".join(tokenizer.convert_ids_to_tokens(ids.tolist()))
+
+    batch = tokenizer([text(q) for q in queries], [text(d) for d in documents], padding=True, return_tensors="pt")
+    return encoder.model(**batch).logits.squeeze(-1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_equal_padded_eager(name):
+    encoder = build(name)
+    queries, documents = random_sides(SIDES)
+    with torch.no_grad():
+        expected = padded_logits(encoder, queries, documents)
+        assert expected.std() > 0.05, "the test would not see a wrong model"
+        packed = encoder.pack(queries, documents)
+        assert packed.lengths == [encoder.pair_length(*s) for s in SIDES] and packed.max_seqlen == max(packed.lengths)
+        torch.testing.assert_close(encoder(packed), expected, rtol=1e-5, atol=1e-5)
+        for i in (0, 3, 9):  # batches of one
+            alone = encoder(encoder.pack(queries[i : i + 1], documents[i : i + 1]))
+            torch.testing.assert_close(alone, expected[i : i + 1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_equal_padded_eager(name):
+    """Every parameter's gradient; in float64, where only a wrong formula can make a difference, but for ModernBERT:
+    Hugging Face's eager softmax there is fp32 and turns a float64 mask of padding into NaN."""
+    encoder = build(name)
+    if "modernbert" not in name:
+        encoder.model.double()
+    queries, documents = random_sides(SIDES, seed=4)
+    weight = torch.randn(len(SIDES), generator=torch.Generator().manual_seed(1))
+
+    def gradients(logits):
+        encoder.zero_grad()
+        (logits * weight).sum().backward()
+        return {n: p.grad for n, p in encoder.model.named_parameters()}
+
+    expected = gradients(padded_logits(encoder, queries, documents))
+    got = gradients(encoder(encoder.pack(queries, documents)))
+    largest = max(float(e.abs().max()) for e in expected.values() if e is not None)
+    for n, e in expected.items():
+        if e is None:
+            assert got[n] is None, n
+        else:  # relative to the parameter's own largest; some are zero by construction (key biases): hence the floor
+            scale = max(float(e.abs().max()), 1e-6 * largest)
+            torch.testing.assert_close(got[n] / scale, e / scale, rtol=0, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "modernbert", "modernbert-mean", "deberta-own-keys"])
+def test_every_dropout_is_applied(name):
+    """Each dropout of the Hugging Face model, alone: where it changes its logits it changes ours, and only there."""
+    encoder = build(name)
+    queries, documents = random_sides(SIDES[2:7])
+    packed = encoder.pack(queries, documents)
+    encoder.train()
+    places = [m for m in encoder.model.modules() if isinstance(m, nn.Dropout) or hasattr(m, "attention_dropout")]
+    assert len(places) > 6
+    with torch.no_grad():
+        for place in places:
+            set_dropout(encoder.model, 0.0)
+            (setattr(place, "p", 0.5) if isinstance(place, nn.Dropout) else setattr(place, "attention_dropout", 0.5))
+            torch.manual_seed(5)
+            theirs = not padded_logits(encoder, queries, documents).equal(padded_logits(encoder, queries, documents))
+            ours = not encoder(packed).equal(encoder(packed))
+            assert ours == theirs, place
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "deberta"])
+def test_dropout_follows_the_generator(name):
+    encoder = build(name, dropout=0.2).train()
+    packed = encoder.pack(*random_sides(SIDES[2:8]))
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first = encoder(packed)
+    torch.set_rng_state(state)
+    again = encoder(packed)  # with gradient: the second pass of a long list
+    torch.testing.assert_close(first, again, rtol=0, atol=1e-6)
+    assert not torch.allclose(first, encoder(packed), atol=1e-3)
+    encoder.eval()
+    assert encoder(packed).equal(encoder(packed))
+
+
+def test_attention_dropout_keeps_the_expectation():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 12, 2, 8)
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
+    plain = varlen_attention(q, k, v, cu_seqlens, 7)
+    draws = torch.stack([varlen_attention(q, k, v, cu_seqlens, 7, dropout=0.3) for _ in range(4000)])
+    torch.testing.assert_close(draws.mean(0), plain, rtol=0, atol=0.06)
+    kept = torch.stack([varlen_attention(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.ones(1, 1, 2),
+                                         torch.tensor([0, 1]), 1, dropout=0.3) for _ in range(2000)])
+    assert sorted(kept.unique().tolist()) == pytest.approx([0.0, 1 / 0.7])
+    assert float((kept == 0).float().mean()) == pytest.approx(0.3, abs=0.04)
+
+
+def test_varlen_attention_is_the_formula():
+    """Against softmax written out per sequence in float64, with a window; and the first row alone."""
+    torch.manual_seed(1)
+    lengths = [4, 4, 1, 9, 30]
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    q, k, v = torch.randn(3, sum(lengths), 3, 8, dtype=torch.float64)
+    for window in (None, 0, 2, 40):
+        out = varlen_attention(q, k, v, cu_seqlens, 30, window=window, scale=0.7)
+        for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
+            for i in range(length):
+                for h in range(3):
+                    near = [j for j in range(length) if window is None or abs(i - j) <= window]
+                    scores = torch.stack([0.7 * (q[start + i, h] * k[start + j, h]).sum() for j in near])
+                    expected = sum(w * v[start + j, h] for w, j in zip(scores.softmax(0), near, strict=True))
+                    torch.testing.assert_close(out[start + i, h], expected)
+    starts = cu_seqlens[:-1].long()
+    one = varlen_attention(q[starts], k, v, cu_seqlens, 30, lengths=lengths, max_seqlen_q=1,
+                           cu_seqlens_q=torch.arange(6, dtype=torch.int32))
+    torch.testing.assert_close(one, varlen_attention(q, k, v, cu_seqlens, 30)[starts])
+    with pytest.raises(ValueError, match="crop the keys"):
+        varlen_attention(q[starts], k, v, cu_seqlens, 30, window=2, max_seqlen_q=1, cu_seqlens_q=starts)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "deberta"])
+def test_bf16_autocast_is_close(name):
+    encoder = build(name)
+    packed = encoder.pack(*random_sides(SIDES))
+    with torch.no_grad():
+        exact = encoder(packed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = encoder(packed)
+    assert rounded.dtype == torch.float32
+    assert float((rounded - exact).abs().max()) < 0.15 * float(exact.std()) + 0.02
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoder(packed).sum().backward()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.grad is not None)
+
+
+def test_micro_batches():
+    lengths = [5, 100, 7, 7, 30, 3, 250, 30]
+    batches = micro_batches(lengths, 64)
+    assert sorted(i for b in batches for i in b) == list(range(8))
+    assert [[lengths[i] for i in b] for b in batches] == [[250], [100], [30, 30], [7, 7, 5, 3]]
+    assert batches[3][:2] == [2, 3]  # ties keep their order
+    assert micro_batches([32, 32], 64) == [[0, 1]] and micro_batches([], 64) == []
+    assert default_max_tokens("cpu", True) >= default_max_tokens("cpu", False) >= 1024
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta"])
+def test_scores_keep_their_order_and_mode(name):
+    encoder = build(name, dropout=0.3).train()
+    queries, documents = random_sides(SIDES * 2, seed=9)
+    with torch.no_grad():
+        expected = torch.cat([encoder.eval()(encoder.pack([q], [d])) for q, d in zip(queries, documents, strict=True)])
+    encoder.train()
+    for budget in (1, 100, 700, None):
+        scores = encoder.score_tokens(queries, documents, max_tokens=budget)
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+        assert scores.dtype == torch.float32 and scores.device.type == "cpu"
+    assert encoder.training and encoder.model.training
+    scores.sub_(1)  # an ordinary tensor, not one of inference mode
+    assert encoder.score_tokens([], []).shape == (0,)
+    texts = [" ".join(encoder.tokenizer.convert_ids_to_tokens(i.tolist())) for i in (*queries, *documents)]
+    n = len(queries)
+    torch.testing.assert_close(encoder.score(texts[:n], texts[n:]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_changed_in_place_are_seen():
+    """The joined query, key and value weights are kept between calls; never stale ones."""
+    encoder = build("bert")
+    sides = random_sides(SIDES)
+    before = encoder.score_tokens(*sides)
+    with torch.no_grad():
+        encoder.model.bert.encoder.layer[0].attention.self.key.weight.mul_(0.5)
+    after = encoder.score_tokens(*sides)
+    assert not torch.allclose(before, after, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(after, padded_logits(encoder, *sides), rtol=1e-5, atol=1e-5)
+
+
+def test_truncation_is_per_side_and_counted():
+    encoder = build("bert")
+    assert [t.tolist() for t in encoder.tokenize(["w0 w1 w2", "", "w3"], 2)] == [[4, 5], [], [7]]
+    assert encoder.truncated == 1
+    long_query, document = " ".join(["w1"] * 50), "w2 w3"
+    packed = encoder.pack(encoder.tokenize([long_query], encoder.query_length), encoder.tokenize([document], 600))
+    assert packed.lengths == [32 + 2 + 3] and packed.input_ids.tolist()[-3:] == [6, 7, 2]
+
+
+def test_non_finite_scores_are_named():
+    encoder = build("bert")
+    with torch.no_grad():
+        encoder.model.bert.embeddings.word_embeddings.weight[50] = torch.nan
+    queries = [np.array([5, 6], dtype=np.int32)] * 4
+    documents = [np.array(ids, dtype=np.int32) for ids in ([7], [8, 50], [9], [50])]
+    with pytest.raises(NonFiniteScores) as error:
+        encoder.score_tokens(queries, documents)
+    assert error.value.pairs == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra-projected", "modernbert-mean", "deberta-own-keys"])
+def test_saved_folder_gives_peers_the_same_score(name, tmp_path):
+    encoder = build(name, dropout=0.1)
+    encoder.query_length, encoder.doc_length = 9, 33
+    queries = ["w1 w2 w3", "w4", "w1 w2 w3"]
+    documents = ["w7 w8 w9 w1 w2", "w5 w5", "w80"]
+    scores = encoder.score(queries, documents)
+    encoder.save_pretrained(tmp_path)
+    again = CrossEncoder.from_pretrained(tmp_path)
+    assert (again.query_length, again.doc_length, again.new_weights, again.training) == (9, 33, [], False)
+    torch.testing.assert_close(again.score(queries, documents), scores, rtol=0, atol=1e-6)
+    model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    batch = hf.AutoTokenizer.from_pretrained(tmp_path)(queries, documents, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits.squeeze(-1), scores, rtol=0, atol=1e-5)
+    peers = pytest.importorskip("sentence_transformers")
+    peer = peers.CrossEncoder(str(tmp_path), device="cpu")
+    predicted = peer.predict(list(zip(queries, documents, strict=True)), convert_to_tensor=True)
+    torch.testing.assert_close(predicted.cpu(), scores, rtol=0, atol=1e-5)
+
+
+def test_unsupported_backbones_are_refused():
+    for config, what in [
+        (hf.DistilBertConfig(num_labels=1), "distilbert"),
+        (hf.BertConfig(num_labels=2), "2 labels"),
+        (hf.BertConfig(num_labels=1, is_decoder=True), "decoder"),
+        (hf.DebertaV2Config(num_labels=1, **DEBERTA, conv_kernel_size=3), "conv_kernel_size"),
+        (hf.DebertaV2Config(num_labels=1), "relative_attention"),
+    ]:
+        with pytest.raises(ModelError, match=what) as error:
+            check_config(config)
+        assert "what works: BERT" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ModelError, match="lower --query-length"):
+        CrossEncoder(build("bert").model, word_tokenizer("bert"), 300, 600)
+    with pytest.raises(ModelError, match="600 tokens: the model has|of 703 tokens"):
+        encoder = build("bert")
+        encoder.pack(*random_sides([(100, 600)]))
+
+
+def test_a_tokenizer_of_another_pair_format_is_refused():
+    with pytest.raises(ModelError, match="pair encoding"):
+        tokenizer = word_tokenizer("bert")
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+        CrossEncoder(build("bert").model, tokenizer)
+    with pytest.raises(ModelError, match="token types"):
+        CrossEncoder(build("bert").model, word_tokenizer("modernbert"))
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(ModelError, match="cannot be loaded as a model folder"):
+        CrossEncoder.from_pretrained(tmp_path)

@@ -1,0 +1,788 @@
+"""evaluate.py against trec_eval's own expected output, against definitions written out here, and against scipy."""
+
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+import scipy.stats
+
+import evaluate as e
+
+ROOT = Path(e.__file__).parent
+DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no SHARED_DATA")
+
+
+def write_run(path, run, tag="t", score="{!r}"):
+    lines = [
+        f"{q} Q0 {d} {i} {score.format(s)} {tag}" for q, ds in run.items() for i, (d, s) in enumerate(ds.items())
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def write_qrels(path, qrels):
+    path.write_text("".join(f"{q} 0 {d} {r}\n" for q, ds in qrels.items() for d, r in ds.items()))
+    return str(path)
+
+
+def generated(seed, queries=30, documents=60):
+    """A run with ties, equal only in single precision too, negative scores, no order; missing and unjudged queries."""
+    rng = np.random.default_rng(seed)
+    qrels, run = {}, {}
+    for q in range(queries):
+        names = [f"d{i}" for i in rng.permutation(200)]
+        if q % 7 != 1:  # without qrels
+            qrels[f"q{q}"] = {d: int(r) for d, r in zip(names[:40], rng.integers(-1, 4, 40), strict=True)}
+            if q % 7 == 2:
+                qrels[f"q{q}"] = dict.fromkeys(names[:5], 0)  # nothing relevant
+        if q % 7 != 3:  # missing
+            found = rng.permutation(names[: 20 + documents])[:documents]
+            scores = rng.integers(-8, 8, documents) * 10.0 ** rng.integers(-6, 6) + rng.choice([0, 1e-13], documents)
+            run[f"q{q}"] = {str(d): float(s) for d, s in zip(found, scores, strict=True)}
+    run["q0"] = dict(list(run["q0"].items())[:3])  # shorter than any cutoff
+    return qrels, run
+
+
+def definition(measure, judged, documents):
+    """A measure of one query from its definition, in float64."""
+    name, rel, k = re.fullmatch(r"(\w+)(?:\(rel=(\d)\))?(?:@(\d+))?", measure).groups()
+    rel, k = int(rel or 1), int(k) if k else 10**9
+    ranked = sorted(documents, key=lambda d: (np.float32(documents[d]), d), reverse=True)
+    grades = [max(judged.get(d, 0), 0) for d in ranked]
+    hits = [g >= rel for g in grades][:k]
+    relevant = sum(g >= rel for g in judged.values())
+    if name == "nDCG":
+        ideal = sorted((g for g in judged.values() if g > 0), reverse=True)[:k]
+        gain = [sum(g / math.log2(i + 2) for i, g in enumerate(gs)) for gs in (grades[:k], ideal)]
+        return gain[0] / gain[1] if gain[1] else 0.0
+    if name == "RR":
+        return next((1 / i for i, hit in enumerate(hits, 1) if hit), 0.0)
+    if name == "AP":
+        precisions = [sum(hits[: i + 1]) / (i + 1) for i, hit in enumerate(hits) if hit]
+        return sum(precisions) / relevant if relevant else 0.0
+    if name == "Judged":
+        return sum(d in judged for d in ranked[:k]) / min(k, len(ranked)) if ranked else 0.0
+    return {
+        "R": sum(hits) / relevant if relevant else 0.0,
+        "P": sum(hits) / k,
+        "Success": float(any(hits)),
+    }[name]
+
+
+MEASURES = [
+    "nDCG@10", "nDCG", "nDCG@1000", "RR", "RR@10", "RR@3", "RR(rel=2)@10", "AP", "AP@20", "AP(rel=2)", "AP(rel=3)@5",
+    "R@10", "R(rel=2)@100", "P@5", "P(rel=2)@10", "Success@1", "Success(rel=3)@5", "Judged@5", "Judged@100",
+]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- measures
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("score", ["{!r}", "{:.12e}", "{:+.13f}"])
+def test_measures_are_their_definitions(seed, score, tmp_path):
+    qrels, run = generated(seed)
+    path = write_run(tmp_path / "x.run", run, score=score)
+    read = {q: {d: float(score.format(s)) for d, s in ds.items()} for q, ds in run.items()}
+    for given in (read, e.read_run(path), e.read_columns(path, e.RUN)):
+        values = e.evaluate(qrels, given, MEASURES)
+        assert list(values) == list(qrels)
+        for q in qrels:
+            for m in MEASURES:
+                assert values[q][m] == pytest.approx(definition(m, qrels[q], read.get(q, {})), abs=1e-12), (q, m)
+    assert all(v == 0 for q in qrels if q not in run for v in values[q].values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cut_down_rankings_equal_whole_ones(seed):
+    """The fillers and trims change nothing: every measure of trec_eval against pytrec_eval on the run as it is."""
+    qrels, run = generated(10 + seed, documents=120)
+    every = pytrec_eval.RelevanceEvaluator(qrels, pytrec_eval.supported_measures - {"runid", "relstring"})
+    whole = every.evaluate(run)
+    names = [m for m in next(iter(whole.values())) if m not in ("P", "runid")]
+    ours = e.evaluate(qrels, run, names)
+    assert len(names) > 60 and len(whole) > 10
+    for q, expected in whole.items():
+        for m in names:
+            assert ours[q][m] == pytest.approx(expected[m], abs=1e-12), m
+    pairs = {"AP": "map", "nDCG": "ndcg", "RR": "recip_rank", "R@100": "recall_100", "P@10": "P_10",
+             "nDCG@10": "ndcg_cut_10", "AP@10": "map_cut_10", "Success@5": "success_5"}  # fmt: skip
+    ours = e.evaluate(qrels, run, list(pairs))
+    for q, expected in whole.items():
+        assert ours[q] == pytest.approx({m: expected[t] for m, t in pairs.items()}, abs=1e-12)
+
+
+@needs_data
+def test_trec_evals_own_expected_output():
+    folder = DATA / "trec-eval-selftest"
+    qrels, run = e.read_qrels(folder / "qrels.test"), e.read_run(folder / "results.test")
+    expected = {}
+    for line in (folder / "out.test.aq").read_text().splitlines():
+        measure, query, value = line.split()
+        expected.setdefault(query, {})[measure] = value
+    names = []
+    for measure in expected["301"]:
+        try:
+            names.append(e.parse_measure(measure).name)
+        except e.BadInput:
+            pass
+    per_query = e.evaluate(qrels, run, names)
+    wrong, compared = [], 0
+    for query, values in [*per_query.items(), ("all", e.mean(per_query))]:
+        for m in names:
+            compared += 1
+            if f"{values[m]:.4f}" != f"{float(expected[query][m]):.4f}":
+                wrong.append((query, m, values[m], expected[query][m]))
+    # the expected output is of trec_eval 10, which rounds the rank of a recall point where 9 (and pytrec_eval) cuts
+    rounded = {("301", "iprec_at_recall_0.10"), ("302", "iprec_at_recall_0.60"), ("302", "11pt_avg")}
+    rounded |= {("all", m) for _, m in rounded}
+    assert {(q, m) for q, m, *_ in wrong} == rounded, wrong
+    assert set(per_query) == {"301", "302", "303"} and compared == 360
+    assert set(expected["301"]) - set(names) == {
+        "relstring",
+        "rbp",
+        "rbp_resid",
+        "unj_5",
+        "unj_10",
+        "unj_20",
+    }  # unknown to 9
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "folder, qrels, run, value",
+    [
+        ("trec-dl-2019", "test", "bm25.top100", 0.5058),
+        ("trec-dl-2019", "test", "bm25-rm3.top100", 0.5216),
+        ("trec-dl-2019", "test", "d-bert-kd-tasb.top100", 0.7210),
+        ("trec-dl-2019", "test", "open-ai-ada2.top100", 0.7035),
+        ("trec-dl-2019", "test", "splade-p-p-ensemble-distil.top100", 0.7308),
+        ("trec-dl-2019", "test", "teacher-rankvicuna.bm25.top100", 0.6682),
+        ("trec-dl-2021", "test", "bm25.top100", 0.4458),
+        ("scifact", "test", "bm25.test.top100", 0.6762),
+    ],
+)
+def test_published_values(folder, qrels, run, value):
+    run = e.read_columns(DATA / folder / "runs" / f"{run}.txt", e.RUN)
+    for form in ("trec", "tsv"):
+        judged = e.read_qrels(DATA / folder / "qrels" / f"{qrels}.{form}")
+        assert round(e.mean(e.evaluate(judged, run, ["nDCG@10"]))["nDCG@10"], 4) == value
+
+
+def test_ties_fall_to_the_larger_document_id():
+    qrels = {"q": {"d3": 1}}
+    measures = ["nDCG@10", "RR@10", "RR"]
+    assert e.evaluate(qrels, {"q": {"d1": 1.0, "d2": 1.0, "d3": 1.0}}, measures)["q"] == dict.fromkeys(measures, 1.0)
+    late = e.evaluate(qrels, {"q": {"d3": 1.0, "d4": 1.0, "d5": 1.0}}, measures)["q"]
+    assert late == pytest.approx({"nDCG@10": 0.5, "RR@10": 1 / 3, "RR": 1 / 3})
+    # equal in single precision, as trec_eval stores scores; ids compare by bytes
+    assert e.evaluate({"q": {"a": 1}}, {"q": {"a": 1 + 1e-9, "b": 1.0}}, ["RR"])["q"]["RR"] == 0.5
+    assert e.evaluate({"q": {"z": 1}}, {"q": {"é": 1.0, "z": 1.0, "Z": 1.0}}, ["RR"])["q"]["RR"] == 0.5
+
+
+def test_gains_are_linear():
+    value = e.evaluate({"q": {"a": 1, "b": 3, "c": 0}}, {"q": {"a": 3, "b": 2, "c": 1}}, ["nDCG@10"])["q"]["nDCG@10"]
+    assert value == pytest.approx((1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3)), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["nDCG(rel=2)@10", "P", "R", "nDGC@10", "RR@0", "ndcg_cut", "relstring", "runid", "x"]
+)
+def test_unknown_measures(name):
+    with pytest.raises(e.BadInput, match="unknown measure"):
+        e.evaluate({"q": {"a": 1}}, {"q": {"a": 1.0}}, [name])
+
+
+def test_scores_that_are_not_finite_name_the_query():
+    with pytest.raises(e.BadInput, match="query q2"):
+        e.evaluate({"q": {"a": 1}}, {"q": {"a": 1.0}, "q2": {"b": math.nan}})
+
+
+def test_drop_identical():
+    run = e.Columns.of({"a": {"a": 9.0, "b": 2.0}, "b": {"c": 1.0}, "c": {"a": 1.0, "d": 3.0, "c": 2.0}})
+    kept, dropped = e.drop_identical(run)
+    assert dropped == 2 and kept.nested() == {"a": {"b": 2.0}, "b": {"c": 1.0}, "c": {"a": 1.0, "d": 3.0}}
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+GOOD = "q1 Q0 d1 1 2.5 t\nq2 Q0 d1 1 -1e-3 t\nq1 Q0 d0 2 7 t\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        GOOD[:-1],
+        GOOD.replace(" ", "\t"),
+        GOOD.replace(" ", "  \t "),
+        "  " + GOOD,
+        GOOD.replace("\n", "\r\n"),
+        "\ufeff" + GOOD,
+        GOOD.replace("\n", "\n\n"),
+        GOOD.replace("2.5", "+2.5"),
+        GOOD.replace(" d", '\t"d').replace('"', ""),
+    ],
+)
+def test_runs_are_read_in_every_customary_form(text, tmp_path):
+    path = tmp_path / "x.run"
+    path.write_bytes(text.encode())
+    run = e.read_run(path)
+    assert run == {"q1": {"d1": 2.5, "d0": 7.0}, "q2": {"d1": -0.001}}
+    assert list(run) == ["q1", "q2"] and list(run["q1"]) == ["d1", "d0"]
+    assert all(type(s) is float for ds in run.values() for s in ds.values())
+
+
+def test_quotes_and_null_words_are_ordinary_ids(tmp_path):
+    text = 'NA Q0 "d" 1 2 t\nnull Q0 nan 1 1 t\n'
+    (tmp_path / "x.run").write_text(text)
+    assert e.read_run(tmp_path / "x.run") == {"NA": {'"d"': 2.0}, "null": {"nan": 1.0}}
+
+
+def test_packed_files_are_known_by_their_content(tmp_path):
+    import pyarrow as pa
+
+    expected = e.read_lines("", GOOD.encode(), e.RUN)
+    for name, data in {
+        "a.run.gz": gzip.compress(GOOD.encode()),
+        "two.gz": gzip.compress(GOOD[:17].encode()) + gzip.compress(GOOD[17:].encode()),
+        "b.run": gzip.compress(GOOD.encode()),
+        "c.run.zst": pa.compress(GOOD.encode(), "zstd", asbytes=True),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert e.read_run(tmp_path / name) == expected
+        (tmp_path / "cut").write_bytes(data[: len(data) // 2])
+        with pytest.raises(e.BadInput, match="damaged"):
+            e.read_run(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "text, line, what",
+    [
+        (GOOD + "q1 Q0 d1 3 1 t", 4, "twice"),
+        (GOOD + "q3 Q0 d1 1 t\n", 4, "5 columns"),
+        ("q3 Q0 d 1 1 my tag\n" + GOOD, 1, "7 columns"),
+        (GOOD + "q3 Q0 d1 1 nan t\n", 4, "finite"),
+        (GOOD + "q3 Q0 d1 1 -inf t\n", 4, "finite"),
+        (GOOD + "q3 Q0 d1 1 high t\n", 4, "not a number"),
+        (GOOD + "q3 Q0 d1 1 1_0 t\n", 4, "not a number"),
+        (b"q Q0 d\xff 1 1 t\n", 1, "UTF-8"),
+        ("", 1, "empty"),
+        (" \n\n", 1, "empty"),
+    ],
+)
+def test_wrong_runs_are_refused_with_file_and_line(text, line, what, tmp_path):
+    path = tmp_path / "x.run"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(e.BadInput) as caught:
+        e.read_run(path)
+    assert str(caught.value).startswith(f"{path}:{line}: ") and what in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_archives_or_not_there(tmp_path):
+    (tmp_path / "x.run.gz").write_text(GOOD)
+    with pytest.raises(e.BadInput, match="x.run.gz:1: named .gz"):
+        e.read_run(tmp_path / "x.run.gz")
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(e.BadInput, match=str(path)):
+            e.read_run(path)
+
+
+def test_qrels(tmp_path):
+    path, expected = tmp_path / "q", {"1": {"a": 2, "b": -1}, "2": {"c": 0}}
+    for text in (
+        "1 0 a 2\n1 0 b -1\n2 0 c 0\n",
+        "1\t0\ta\t2\n1\tQ0\tb\t-1\n2\t0\tc\t0",
+        "query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t-1\n2\tc\t0\n",
+        "query-id\tcorpus-id\tscore\r\n1\ta\t2\r\n1\tb\t-1\r\n2\tc\t0\r\n",
+    ):
+        path.write_text(text, newline="")
+        assert e.read_qrels(path) == expected
+    for text, message in (
+        ("1 0 a 2\n1 0 a 2\n", "2: document a appears twice"),
+        ("1 0 a 1.5\n", "1: `1.5` is not a whole number"),
+        ("1 a 1\n", "1: 3 columns"),
+        ("query-id\tcorpus-id\tscore\n", "1: there are no judgments"),
+        ("query-id\tcorpus-id\tscore\n1\ta\n", "2: 2 columns"),
+    ):
+        path.write_text(text)
+        with pytest.raises(e.BadInput, match=re.escape(message)):
+            e.read_qrels(path)
+
+
+def test_both_readers_agree(tmp_path):
+    _, run = generated(5)
+    path = write_run(tmp_path / "x.run", run)
+    data = path and Path(path).read_bytes()
+    shuffled = data.splitlines(keepends=True)
+    np.random.default_rng(0).shuffle(shuffled)
+    for text in (data, b"".join(shuffled)):
+        fast = e.read_arrow(text, e.RUN)
+        slow = e.read_lines("", text, e.RUN)
+        assert fast.nested() == slow and list(fast.qids) == list(slow)
+        assert [list(ds) for ds in fast.nested().values()] == [list(ds) for ds in slow.values()]
+
+
+# ------------------------------------------------------------------------------------------------- significance
+
+
+def test_paired_t_is_scipys():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 40))
+    assert e.paired_t([(a - b)[:, None]])[0] == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue, rel=1e-12)
+    # over two datasets: the unpooled sum of two independent means, as Welch's test has it for their difference
+    c, d = rng.normal(0.2, 1, 12), rng.normal(0.1, 3, 30)
+    welch = scipy.stats.ttest_ind(c, -d, equal_var=False).pvalue
+    assert e.paired_t([c[:, None], d[:, None]])[0] == pytest.approx(welch, rel=1e-12)
+    assert e.paired_t([np.zeros((9, 1))])[0] == 1 and e.paired_t([np.ones((9, 1))])[0] == 0
+    assert e.paired_t([np.ones((1, 1))])[0] == 1
+
+
+def test_randomization_counts_sign_patterns():
+    rng = np.random.default_rng(1)
+    d = rng.normal(0.3, 1, 11)
+    d[3] = 0.0
+    patterns = (np.arange(1 << 11)[:, None] >> np.arange(11) & 1) * 2 - 1
+    exact = (np.abs(patterns @ d) >= abs(d.sum()) - 1e-12).mean()
+    p = e.randomization([np.stack([d, -d, d * 0], 1)], 100_000, seed=3)
+    assert p == pytest.approx([exact, exact, 1.0], abs=4 * math.sqrt(exact * (1 - exact) / 1e5) + 1e-5)
+    assert e.randomization([d[:, None]], 1000, seed=3) == e.randomization([d[:, None]], 1000, seed=3)
+    # two datasets of different size: the flips weigh as the mean of means does
+    c = np.array([1.5, -1.2, 0.3])
+    both = np.concatenate([d / 11, c / 3])
+    patterns = (np.arange(1 << 14)[:, None] >> np.arange(14) & 1) * 2 - 1
+    exact = (np.abs(patterns @ both) >= abs(both.sum()) - 1e-12).mean()
+    assert e.randomization([d[:, None], c[:, None]], 100_000)[0] == pytest.approx(exact, abs=0.007)
+    pooled = (np.abs(patterns @ np.concatenate([d, c])) >= d.sum() + c.sum() - 1e-12).mean()
+    assert abs(pooled - exact) > 0.05
+    assert e.randomization([np.ones((40, 1))], 999)[0] == 1 / 1000  # never 0: the data are one of the patterns
+
+
+def test_holm():
+    assert e.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert e.holm([0.9, 0.8]).tolist() == [1.0, 1.0] and e.holm([]).tolist() == []
+
+
+def test_bootstrap():
+    values = np.random.default_rng(2).beta(2, 3, 80)
+    expected = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert e.bootstrap([values]) == pytest.approx(tuple(expected), abs=0.003)
+    low, high = e.bootstrap([values, values + 1])
+    narrow = (high - low) / (expected.high - expected.low)
+    assert narrow == pytest.approx(math.sqrt(0.5), abs=0.04) and low < values.mean() + 0.5 < high
+    assert e.bootstrap([values], seed=1) == e.bootstrap([values], seed=1)
+
+
+@pytest.mark.parametrize(
+    "baseline, test, tables", [(None, "t", 2000), ("s0", "t", 2000), (None, "randomization", 2000)]
+)
+def test_family_wise_error_stays_at_five_percent(baseline, test, tables):
+    """Tables of four runs and two measures that differ by chance: at most one in twenty shows any difference."""
+    rng, errors = np.random.default_rng(0), 0
+    for i in range(tables):
+        hard = rng.normal(0, 1, (2, 50))
+        table = {
+            f"s{s}": {c: [1 / (1 + np.exp(-(hard[j] + rng.normal(0, 1, 50))))] for j, c in enumerate("xy")}
+            for s in range(4)
+        }
+        found = e.compare(table, baseline, test, permutations=499, seed=i)
+        assert len(found) == (6 if baseline else 12)
+        errors += any(c.p_holm < 0.05 for c in found)
+    assert 0.005 < errors / tables < 0.05 + 2 * math.sqrt(0.05 * 0.95 / tables)
+
+
+def test_compare_finds_what_is_there_and_leaves_out_what_is_absent():
+    rng = np.random.default_rng(0)
+    a = rng.random(100)
+    table = {
+        "a": {"x": [a], "y": None},
+        "b": {"x": [a + 0.1 + rng.normal(0, 0.1, 100)], "y": [a]},
+        "c": {"x": [a.copy()], "y": [a]},
+    }
+    found = {(c.first, c.second, c.column): c for c in e.compare(table)}
+    assert set(found) == {("a", "b", "x"), ("a", "c", "x"), ("b", "c", "x"), ("b", "c", "y")}
+    assert found["a", "b", "x"].p_holm < 1e-6 and found["a", "b", "x"].difference < 0
+    assert found["a", "c", "x"].p == found["b", "c", "y"].p == 1.0
+    shown = e.entries(table, e.compare(table), None, 4)
+    assert (shown["b"]["x"].marks, shown["a"]["x"].marks, shown["a"]["y"].text) == ("ac", "", "absent")
+    corrected = [c._replace(p=0.01, p_holm=0.06) for c in e.compare(table)]
+    assert not any(x.marks for row in e.entries(table, corrected, None, 4).values() for x in row.values())
+    daggers = e.entries(table, e.compare(table, "b"), "b", 4)
+    assert [row["x"].marks for row in daggers.values()] == ["‡", "", "‡"]
+
+
+# --------------------------------------------------------------------------------------- the script and its forms
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """qrels, three runs (good, bad and a copy of good) and a BEIR folder of the same queries."""
+    rng = np.random.default_rng(0)
+    qrels = {f"q{i}": {f"d{j}": int(j < 3) + int(j < 1) for j in range(8)} for i in range(40)}
+    runs = {}
+    for name, noise in (("good", 0.6), ("bad", 4)):
+        runs[name] = {q: {f"d{j}": float(-j + noise * rng.normal()) for j in range(20)} for q in qrels}
+    runs["a_copy"] = runs["good"]
+    write_qrels(tmp_path / "qrels.txt", qrels)
+    for name, run in runs.items():
+        write_run(tmp_path / f"{name}.run", run)
+    corpus = tmp_path / "trec-dl-2042"
+    (corpus / "qrels").mkdir(parents=True)
+    texts = [{"_id": f"d{j}", "title": "", "text": f"passage number {j} | with a bar"} for j in range(20)]
+    (corpus / "corpus.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    (corpus / "queries.jsonl").write_text("\n".join(json.dumps({"_id": q, "text": f"question {q}"}) for q in qrels))
+    rows = [f"{q}\t{d}\t{r}" for q, ds in qrels.items() for d, r in ds.items()]
+    (corpus / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]))
+    return tmp_path
+
+
+def script(capsys, *arguments):
+    status = e.main(list(map(str, arguments)))
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_markdown(folder, capsys):
+    names = [folder / f"{n}.run" for n in ("good", "bad", "a_copy")]
+    status, out, err = script(capsys, "--qrels", folder / "qrels.txt", *names)
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+    assert status == 0 and err == "" and len({len(line) for line in out.splitlines() if line.startswith("|")}) == 1
+    assert rows[0] == ["run", "nDCG@10", "RR@10", "AP"]
+    assert [r[0] for r in rows[2:]] == ["a good", "b bad", "c a_copy"]
+    values = e.mean(e.evaluate(e.read_qrels(folder / "qrels.txt"), e.read_run(names[0])))
+    for row, marks in zip(rows[2:], ("ᵇ", "", "ᵇ"), strict=True):
+        for cell, m in zip(row[1:], rows[0][1:], strict=True):
+            assert cell == f"**{values[m]:.4f}**{marks}" if marks else "*" not in cell
+    assert (
+        "two-sided paired t-test over queries; Holm correction over all 9 comparisons" in out and "40 queries" in out
+    )
+
+
+def test_baseline_and_randomization(folder, capsys):
+    base = folder / "good.run"
+    status, out, _ = script(capsys, "--qrels", folder / "qrels.txt", folder / "bad.run", "--baseline", base,
+                            "--test", "randomization", "--measures", "nDCG@10", "--intervals")  # fmt: skip
+    assert status == 0 and re.search(r"bad +\| +0\.\d{4}‡ \[0\.\d{4}, 0\.\d{4}\]", out)
+    assert "†/‡: better/worse than good" in out and "100,000 permutations" in out and "all 1 comparisons" in out
+    status, _, err = script(capsys, "--qrels", folder / "qrels.txt", base, "--baseline", "nobody")
+    assert status == 2 and err.startswith("error: --baseline nobody") and err.count("\n") == 1
+
+
+def test_json_csv_and_per_query_hold_full_precision(folder, capsys):
+    runs = [folder / "good.run", folder / "bad.run"]
+    per_query = {p.stem: e.evaluate(e.read_qrels(folder / "qrels.txt"), e.read_run(p)) for p in runs}
+    _, out, _ = script(capsys, "--qrels", folder / "qrels.txt", *runs, "--format", "json", "--intervals")
+    table = json.loads(out)
+    for name, values in per_query.items():
+        for m, value in e.mean(values).items():
+            entry = table["runs"][name][m]
+            assert entry["value"] == pytest.approx(value, abs=1e-15)
+            assert entry["interval"][0] <= value <= entry["interval"][1] > entry["interval"][0] - (value == 1)
+    test = next(t for t in table["tests"] if t["column"] == "AP")
+    pairs = [[v["AP"] for v in per_query[n].values()] for n in ("good", "bad")]
+    assert test["p"] == pytest.approx(scipy.stats.ttest_rel(*pairs).pvalue, rel=1e-9) and test["significant"]
+    _, out, _ = script(capsys, "--qrels", folder / "qrels.txt", *runs, "--format", "csv")
+    rows = [line.split(",") for line in out.splitlines() if not line.startswith("#")]
+    assert len(rows) == 7 and float(rows[1][3]) == table["runs"]["good"]["nDCG@10"]["value"]
+    tsv = folder / "values.tsv"
+    status, out, _ = script(capsys, "--qrels", folder / "qrels.txt", *runs, "--per-query", tsv)
+    lines = [line.split("\t") for line in tsv.read_text().splitlines()]
+    assert lines[0] == ["run", "dataset", "query", "measure", "value"] and len(lines) == 1 + 2 * 3 * 40
+    assert all(float(v) == per_query[r][q][m] for r, _, q, m, v in lines[1:]) and out.startswith("| run")
+    before = tsv.read_bytes()
+    status, out, err = script(capsys, "--qrels", folder / "qrels.txt", *runs, "--per-query", tsv)
+    assert (status, out, tsv.read_bytes()) == (2, "", before) and "--overwrite" in err
+    assert script(capsys, "--qrels", folder / "qrels.txt", *runs, "--per-query", tsv, "--overwrite")[0] == 0
+    _, out, _ = script(capsys, "--qrels", folder / "qrels.txt", *runs, "--per-query")
+    assert [line.split("\t") for line in out.splitlines()] == lines
+
+
+def test_latex(folder, capsys):
+    runs = [folder / f"{n}.run" for n in ("good", "bad", "a_copy")]
+    _, out, _ = script(
+        capsys, "--qrels", folder / "qrels.txt", *runs, "--format", "latex", "--measures", "nDCG@10", "P@5"
+    )
+    assert r"\begin{tabular}{lrr}" in out and r"\toprule" in out and r"$^{c}$ a\_copy & \textbf{0." in out
+    assert r"\underline{0." in out and "$^{b}$" in out and "p $<$ 0.05" in out
+    if shutil.which("pdflatex"):
+        source = folder / "x.tex"
+        source.write_text(r"\documentclass{article}\usepackage{booktabs}\begin{document}" + out + r"\end{document}")
+        command = ["pdflatex", "-halt-on-error", "-interaction=batchmode", "-output-directory", folder, source]
+        assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_queries_that_only_one_side_has_are_said(folder, capsys):
+    run = e.read_run(folder / "good.run")
+    del run["q3"], run["q5"]
+    run["extra"] = {"d1": 1.0}
+    write_run(folder / "less.run", run)
+    _, out, _ = script(capsys, "--qrels", folder / "qrels.txt", folder / "less.run", "--measures", "Success@20")
+    assert "| less |     0.9500 |" in out  # 38 of 40
+    assert "2 queries of the qrels are missing and count 0 (q3, q5)" in out
+    assert "1 queries are not in the qrels and are left out (extra)" in out
+    write_run(folder / "other.run", {"x": {"d1": 1.0}})
+    status, out, err = script(capsys, "--qrels", folder / "qrels.txt", folder / "other.run")
+    assert status == 2 and "other.run: no query of it is judged" in err and out == ""
+
+
+def test_seeds_are_averaged_per_query(folder, capsys):
+    qrels = e.read_qrels(folder / "qrels.txt")
+    (folder / "m-seed1").mkdir()
+    (folder / "m-seed2").mkdir()
+    for seed, name in ((1, "good"), (2, "bad")):
+        shutil.copy(folder / f"{name}.run", folder / f"m-seed{seed}" / "x.run")
+        shutil.copy(folder / f"{name}.run", folder / f"f-seed{seed}.run")
+    _, out, _ = script(capsys, "--qrels", folder / "qrels.txt", *folder.glob("m-seed*/x.run"), *folder.glob("f-s*.run"),
+                       folder / "bad.run", "--measures", "AP", "--format", "json")  # fmt: skip
+    table = json.loads(out)
+    assert set(table["runs"]) == {"x (2 seeds)", "f (2 seeds)", "bad"}
+    ap = [np.array([v["AP"] for v in e.evaluate(qrels, e.read_run(folder / f"{n}.run"), ["AP"]).values()])
+          for n in ("good", "bad")]  # fmt: skip
+    assert table["runs"]["x (2 seeds)"]["AP"]["value"] == pytest.approx(np.mean(ap), abs=1e-12)
+    test = next(t for t in table["tests"] if t["first"].startswith("x") and t["second"] == "bad")
+    assert test["p"] == pytest.approx(scipy.stats.ttest_rel(np.mean(ap, 0), ap[1]).pvalue, rel=1e-6)
+
+
+def test_binary_measures_on_trec_dl_take_grade_two(folder, capsys):
+    corpus, run = folder / "trec-dl-2042", folder / "bad.run"
+    _, out, _ = script(
+        capsys, "--dataset", corpus, run, "--measures", "AP", "nDCG@10", "RR(rel=1)@10", "--format", "json"
+    )
+    table = json.loads(out)
+    qrels = e.read_qrels(folder / "qrels.txt")
+    expected = e.mean(e.evaluate(qrels, e.read_run(run), ["AP(rel=2)", "nDCG@10", "RR@10", "AP"]))
+    assert {m: v["value"] for m, v in table["runs"]["bad"].items()} == pytest.approx(
+        {"AP(rel=2)": expected["AP(rel=2)"], "nDCG@10": expected["nDCG@10"], "RR(rel=1)@10": expected["RR@10"]}
+    )
+    assert expected["AP"] != expected["AP(rel=2)"] and "grades from 2" in " ".join(table["notes"])
+    # by --qrels the measures are as asked, whatever the file's name
+    shutil.copy(folder / "qrels.txt", folder / "trec-dl-2019.txt")
+    _, out, _ = script(capsys, "--qrels", folder / "trec-dl-2019.txt", run, "--measures", "AP", "--format", "json")
+    assert json.loads(out)["runs"]["bad"]["AP"]["value"] == pytest.approx(expected["AP"])
+
+
+@pytest.fixture
+def suite(folder):
+    """runs/<model>/<dataset>.run of two models, dl19 of two seeds; qrels/ with what they need but dl20's."""
+    runs, qrels = folder / "runs", folder / "judged"
+    qrels.mkdir()
+    judged = e.read_qrels(folder / "qrels.txt")
+    for name in (
+        "dl19",
+        "scifact",
+        "nq",
+        *(f"lotte-{t}" for t in ("writing", "recreation", "science", "technology", "lifestyle")),
+    ):
+        write_qrels(qrels / f"{name}.qrels", judged)
+    write_qrels(qrels / "arguana.qrels", {"d5": {"d1": 1}})
+    for model, kind in (("minilm-infonce-seed1", "good"), ("minilm-infonce-seed2", "bad"), ("bm25", "bad")):
+        (runs / model).mkdir(parents=True)
+        for dataset in (
+            "dl19",
+            "dl20",
+            "scifact",
+            *(f"lotte-{t}" for t in ("writing", "recreation", "science", "technology")),
+        ):
+            shutil.copy(folder / f"{kind}.run", runs / model / f"{dataset}.run")
+        write_run(runs / model / "arguana.run", {"d5": {"d5": 9.0, "d1": 1.0}})
+    for model in ("minilm-infonce-seed1", "minilm-infonce-seed2"):
+        data = (folder / "good.run").read_bytes()
+        (runs / model / "lotte-lifestyle.run.gz").write_bytes(gzip.compress(data))
+    shutil.copy(folder / "good.run", runs / "bm25" / "mine.run")
+    return folder
+
+
+def test_suite(suite, capsys):
+    arguments = ["--suite", "paper", "--runs", suite / "runs", "--qrels", suite / "judged", "--format", "json"]
+    status, out, _ = script(capsys, *arguments)
+    table = json.loads(out)
+    rows = {n: {c: x["value"] for c, x in row.items()} for n, row in table["runs"].items()}
+    text = {n: {c: x["text"] for c, x in row.items()} for n, row in table["runs"].items()}
+    assert status == 0 and list(rows) == ["bm25", "minilm-infonce (2 seeds)"]
+    assert list(rows["bm25"]) == ["MSM dev", "DL19", "DL20", "BEIR13", "LoTTE-S", "Rob04"]
+    qrels = e.read_qrels(suite / "qrels.txt")
+    good, bad = (
+        e.mean(e.evaluate(qrels, e.read_run(suite / f"{n}.run"), ["nDCG@10"]))["nDCG@10"] for n in ("good", "bad")
+    )
+    model = rows["minilm-infonce (2 seeds)"]
+    assert model["DL19"] == pytest.approx((good + bad) / 2) and rows["bm25"]["DL19"] == pytest.approx(bad)
+    assert model["LoTTE-S"] == pytest.approx((4 * (good + bad) / 2 + good) / 5)  # the mean of five means
+    assert (
+        model["BEIR13"] is None
+        and text["bm25"]["BEIR13"] == "absent (2/13)"
+        and text["bm25"]["LoTTE-S"] == "absent (4/5)"
+    )
+    assert text["bm25"]["MSM dev"] == text["bm25"]["DL20"] == text["bm25"]["Rob04"] == "absent"
+    notes = " ".join(table["notes"])
+    assert "dl20 is absent, its 2 runs have no qrels" in notes and "mine.run" in notes
+    assert (
+        "beir/arguana: 3 results whose id is the query's own were dropped" in notes and "grades from 2" not in notes
+    )
+    assert {t["column"] for t in table["tests"]} == {"DL19"}
+    _, out, _ = script(capsys, *arguments, "--per-dataset", "--measures", "AP", "RR@10")
+    first, second = json.loads(out)
+    assert (first["title"], second["title"]) == ("AP", "RR@10")
+    assert first["runs"]["bm25"]["arguana"]["value"] == 1.0  # the query itself is off the top
+    expected = e.mean(e.evaluate(qrels, e.read_run(suite / "bad.run"), ["AP(rel=2)"]))["AP(rel=2)"]
+    assert first["runs"]["bm25"]["dl19"]["value"] == pytest.approx(expected)
+    assert "grades from 2" in " ".join(first["notes"])
+
+
+def test_compare_with_the_paper(suite, capsys):
+    arguments = ["--suite", "paper", "--runs", suite / "runs", "--qrels", suite / "judged", "--compare", "paper"]
+    _, out, _ = script(capsys, *arguments)
+    rows = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in out.splitlines()
+        if "|" in line
+    }
+    paper = rows["minilm-infonce (2 seeds): paper, MiniLM-L12 (33M) InfoNCE"]
+    assert paper == ["0.469", "0.758", "0.737", "0.500", "0.521", "0.489"]
+    ours = float(re.sub(r"[^\d.]", "", rows["b minilm-infonce (2 seeds)"][1]))
+    assert float(rows["minilm-infonce (2 seeds): ours - paper"][1]) == pytest.approx(ours - 0.758, abs=1.1e-4)
+    assert rows["minilm-infonce (2 seeds): ours - paper"][0] == "" and "bm25: no row of the paper" in out
+
+
+def test_the_papers_table_is_whole():
+    data = json.loads((ROOT / "results" / "paper-ndcg10.json").read_text())
+    means = {loss: np.mean([r["values"] for r in data["rows"] if r["loss"] == loss], 0) for loss in e.LOSSES[:-1]}
+    assert len(data["rows"]) == 54 and list(e.SUITES["paper"]) == data["columns"]
+    assert means["infonce"] == pytest.approx([0.456, 0.732, 0.718, 0.484, 0.525, 0.452], abs=6e-4)
+    assert means["bce"] == pytest.approx([0.396, 0.629, 0.622, 0.413, 0.459, 0.331], abs=6e-4)
+    assert len(e.SUITES["paper"]["BEIR13"]) == len(e.SUITES["nanobeir"]["NanoBEIR"]) == 13
+
+
+@pytest.mark.parametrize(
+    "arguments, what",
+    [
+        ([], "give RUN files"),
+        (["good.run"], "--dataset or --qrels"),
+        (["--qrels", "none.txt", "good.run"], "none.txt"),
+        (["--qrels", "qrels.txt", "none.run"], "none.run"),
+        (["--qrels", "qrels.txt", "--measures", "AP", "good.run"], "RUN files"),
+        (["--qrels", "qrels.txt", "good.run", "--frmat", "x"], "unrecognized"),
+        (["--qrels", "qrels.txt", "good.run", "--measures", "num_ret"], "not a mean"),
+        (["--dataset", "no/such/thing", "good.run"], "no/such/thing"),
+        (["--dataset", "runs", "good.run"], "runs"),
+        (["--suite", "paper", "--runs", "nowhere"], "nowhere"),
+        (["--suite", "nanobeir"], "--suite"),
+        (["--qrels", "qrels.txt", "good.run", "--compare", "paper"], "--compare"),
+        (
+            [
+                "--qrels",
+                "qrels.txt",
+                "good.run",
+                "bad.run",
+                "a_copy.run",
+                "--plot",
+                "x.png",
+                "--plot-kind",
+                "difference",
+            ],
+            "two runs",
+        ),
+        (["--qrels", "qrels.txt", "good.run", "--plot", "x.png", "--plot-kind", "heatmap"], "BACKBONE-LOSS"),
+        (["--qrels", "qrels.txt", "good.run", "--plot", "x.png", "--plot-kind", "latency"], "RUN.json"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_two(arguments, what, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("IR_DATASETS_HOME", str(folder / "irds"))
+    status, out, err = script(capsys, *arguments)
+    assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and what in err
+    assert not (folder / "x.png").exists()
+
+
+def test_pictures(folder, capsys):
+    pytest.importorskip("matplotlib")
+    for name, seconds in (("good", 10.0), ("bad", 1.0)):
+        (folder / f"{name}.run.json").write_text(json.dumps({"seconds": seconds, "pairs": 800}))
+        for loss in ("bce", "infonce"):
+            shutil.copy(folder / f"{name}.run", folder / f"{name}-{loss}.run")
+    pair = [folder / "good.run", folder / "bad.run"]
+    grid = [folder / f"{b}-{x}.run" for b in ("good", "bad") for x in ("bce", "infonce")]
+    for kind, runs in {"bars": pair, "difference": pair, "latency": pair, "heatmap": grid}.items():
+        png = folder / f"{kind}.png"
+        command = ["--qrels", folder / "qrels.txt", *runs, "--plot", png, "--plot-kind", kind]
+        status, out, err = script(capsys, *command)
+        assert kind == "difference" or err == ""
+        assert status == 0 and png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000, err
+        assert out.startswith("| run") and script(capsys, *command)[0] == 2
+        again = png.read_bytes()
+        assert script(capsys, *command, "--overwrite")[0] == 0 and png.read_bytes() == again
+
+
+def test_diff_shows_the_passages_that_moved(folder, capsys):
+    pytest.importorskip("rerank")
+    status, out, err = script(capsys, "--dataset", folder / "trec-dl-2042", "--diff", folder / "good.run",
+                              folder / "bad.run", "--top", 3)  # fmt: skip
+    assert status == 0, err
+    qrels = e.read_qrels(folder / "qrels.txt")
+    a, b = (e.evaluate(qrels, e.read_run(folder / f"{n}.run"), ["nDCG@10"]) for n in ("good", "bad"))
+    change = {q: b[q]["nDCG@10"] - a[q]["nDCG@10"] for q in qrels}
+    shown = re.findall(r"^## (\S+) question \1$", out, re.MULTILINE)
+    assert shown == sorted(change, key=lambda q: (-abs(change[q]), q))[:3]
+    assert f"B - A {change[shown[0]]:+.4f}" in out
+    rows = re.findall(
+        r"^\| +(\d+) \| +(\d+) \| +(\S+) \| (d\d+) passage number (\d+) \\\| with a bar \|$",
+        out.split("\n## ")[1],
+        re.MULTILINE,
+    )
+    ranks = [{d: i for i, d in enumerate(sorted(r, key=r.get, reverse=True), 1)}
+             for r in (e.read_run(folder / f"{n}.run")[shown[0]] for n in ("good", "bad"))]  # fmt: skip
+    moved = [d for d in ranks[0] if ranks[0][d] != ranks[1][d] and min(r[d] for r in ranks) <= 10]
+    assert [(int(x), int(y), d) for x, y, _, d, _ in rows] == sorted(
+        ((ranks[0][d], ranks[1][d], d) for d in moved), key=lambda row: row[1]
+    )
+    assert all(grade == str(qrels[shown[0]].get(d, "-")) and d == f"d{n}" for _, _, grade, d, n in rows)
+    _, out, _ = script(capsys, "--qrels", folder / "qrels.txt", "--diff", folder / "good.run", folder / "a_copy.run")
+    assert "B higher 0, lower 0" in out and "##" not in out
+
+
+def test_works_copied_alone_and_as_a_script(folder):
+    alone = folder / "alone"
+    alone.mkdir()
+    shutil.copy(ROOT / "evaluate.py", alone)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def call(*arguments):
+        command = [sys.executable, "evaluate.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=alone, capture_output=True, text=True, env=environment)
+
+    done = call("--dataset", folder / "trec-dl-2042", folder / "good.run")
+    assert done.returncode == 0 and "RR(rel=2)@10" in done.stdout and done.stderr == ""
+    done = call("--dataset", "pydocs", folder / "good.run")
+    assert done.returncode == 2 and done.stderr == "error: pydocs: rerank.py reads it, and rerank is not here\n"
+    assert call("--help").returncode == 0
+
+
+@needs_data
+def test_ir_datasets_id(folder):
+    home = folder / "irds"
+    shutil.copytree(DATA / "ir_datasets_home", home)
+    subprocess.run(["chmod", "-R", "u+w", home], check=True)
+    run = DATA / "scifact" / "runs" / "bm25.test.top100.txt"
+    command = [sys.executable, ROOT / "evaluate.py", "--dataset", "beir/scifact/test", run]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "IR_DATASETS_HOME": str(home)})
+    assert done.returncode == 0 and "| bm25.test.top100 |  0.6762 |" in done.stdout, done.stderr
+
+
+def test_markdown_table_for_other_scripts():
+    results = {"BM25": {"1": {"AP": 0.5}, "2": {"AP": 0.25}}, "model": {"2": {"AP": 1.0}, "1": {"AP": 0.5}}}
+    assert e.markdown_table(results) == (
+        "| run   |         AP |\n| ---   |       ---: |\n| BM25  |     0.3750 |\n| model | **0.7500** |"
+    )
+    assert "all 1 comparisons" in e.markdown_table(results, ["AP"], baseline="BM25", test="t")

@@ -1,0 +1,419 @@
+"""kernels.flash against attention written out in float64, and against Hugging Face's eager DeBERTa-v2
+attention.
+
+Without a GPU the kernels run in Triton's interpreter; `pytest -m gpu` on a card runs the same tests there.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.flash import flash_varlen
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch):
+    """Triton 3.9's interpreter multiplies the bit patterns of bf16 matrices; multiply the numbers instead."""
+    if DEVICE == "cuda":
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def values(x):
+        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return TensorHandle(np.matmul(values(a), values(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def offsets(lengths):
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=DEVICE)
+
+
+def attention(q, k, v, lengths_q, lengths_k, scale, window=None, c2p=None, p2c=None, lut=None, z=None):
+    """The formulas at the top of kernels/flash.py, one sequence at a time, in the dtype of q. z: [tokens_q,
+    heads, longest]."""
+    outs, a, b = [], 0, 0
+    for n, m in zip(lengths_q, lengths_k, strict=True):
+        s = torch.einsum("rhd,chd->hrc", q[a : a + n], k[b : b + m])
+        delta = torch.arange(n, device=q.device)[:, None] - torch.arange(m, device=q.device)[None, :]
+        if c2p is not None:
+            slot = lut.long()[delta + (len(lut) - 1) // 2].expand(s.shape)
+            s = s + c2p[a : a + n].transpose(0, 1).gather(2, slot)
+            s = s + p2c[b : b + m].transpose(0, 1).gather(2, slot.transpose(1, 2)).transpose(1, 2)
+        s = s * scale
+        if window is not None:
+            s = s.masked_fill(delta.abs() > window, -math.inf)
+        p = s.softmax(-1).nan_to_num(0.0) if m else s  # a row without any key: zeros
+        if z is not None:
+            p = p * z[a : a + n, :, :m].transpose(0, 1).to(p.dtype)
+        outs.append(torch.einsum("hrc,chd->rhd", p, v[b : b + m]))
+        a, b = a + n, b + m
+    return torch.cat(outs)
+
+
+def inputs(lengths_q, lengths_k, d, heads=2, dtype=torch.float32, slots=0, seed=0):
+    """Leaves q, k, v (and tables) and the gradient of the output; k and v are slices of one product."""
+    g = torch.Generator().manual_seed(seed)
+    nq, nk = sum(lengths_q), sum(lengths_k)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g).to(DEVICE, dtype)
+
+    leaves = [normal(nq, heads, d), *normal(nk, 2, heads, d).unbind(1)]
+    if slots:  # the second table in the layout of a batched product over heads
+        leaves += [normal(nq, heads, slots), normal(heads, nk, slots).transpose(0, 1)]
+    return [x.detach().requires_grad_() for x in leaves], normal(nq, heads, d)
+
+
+def check(leaves, dout, lengths_q, lengths_k, tolerance=1e-5, scale=None, z=None, lut=None, window=None, **flags):
+    """Output and all gradients against float64, relative to the largest element of each. Returns (out,
+    gradients)."""
+    names = ["q", "k", "v", "c2p", "p2c"][: len(leaves)]
+    tables = dict(zip(names[3:], leaves[3:], strict=True)) | ({} if lut is None else {"lut": lut})
+    out = flash_varlen(
+        *leaves[:3], offsets(lengths_q), offsets(lengths_k), max(lengths_q), max(lengths_k),
+        scale=scale, window=window, **tables, **flags,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(out, leaves, dout)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    tables = dict(zip(names[3:], exact[3:], strict=True)) | ({} if lut is None else {"lut": lut})
+    scale = exact[0].shape[-1] ** -0.5 if scale is None else scale
+    want = attention(*exact[:3], lengths_q, lengths_k, scale, window=window, z=z, **tables)
+    wanted = torch.autograd.grad(want, exact, dout.double())
+    for name, x, y in zip(["out", *names], [out, *gradients], [want, *wanted], strict=True):
+        error, size = (x.double() - y).abs().max().item(), max(1.0, y.abs().max().item())
+        assert error <= tolerance * size, f"{name}: error {error:.2e} at values up to {size:.2e}"
+    return out, gradients
+
+
+def log_buckets(longest, slots=512):
+    """DeBERTa-v3's slot of delta = r - c: the reference's own operation. int32 [2 longest - 1]"""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+    delta = torch.arange(-longest + 1, longest)
+    bucket = make_log_bucket_position(delta, slots // 2, 512).long()
+    return (bucket + slots // 2).clamp(0, slots - 1).int().to(DEVICE)
+
+
+@pytest.mark.parametrize("d", [32, 64, 96, 128])
+def test_head_dimensions(d):
+    lengths = [1, 0, 7, 65, 100, 0]
+    check(*inputs(lengths, lengths, d), lengths, lengths)
+
+
+def test_lengths_1_to_600():
+    lengths = [600, 1, 33, 257, 2, 31, 32, 128, 63]
+    check(*inputs(lengths, lengths, 32, heads=1), lengths, lengths)
+
+
+def test_other_head_dimensions_and_scale():
+    lengths = [40, 3]
+    check(*inputs(lengths, lengths, 24), lengths, lengths, scale=0.7)
+
+
+@pytest.mark.parametrize("window", [0, 5, 64])
+def test_window_is_inclusive(window):
+    lengths = [1, 64, 200, 129]
+    check(*inputs(lengths, lengths, 32, heads=1), lengths, lengths, window=window)
+
+
+def test_window_64_lets_exactly_129_keys_in():
+    n, w = 300, 64
+    q, k = torch.zeros(n, 1, 32, device=DEVICE), torch.zeros(n, 1, 32, device=DEVICE)
+    v = torch.eye(n, device=DEVICE)[:, None, 120:152].contiguous()  # value i marks key 120 + i
+    out = flash_varlen(q, k, v, offsets([n]), offsets([n]), n, n, window=w)[:, 0]
+    for i, key in enumerate(range(120, 152)):
+        seen = (out[:, i] > 0).nonzero().flatten()
+        assert (seen.min().item(), seen.max().item(), len(seen)) == (key - w, key + w, 2 * w + 1)
+        assert torch.allclose(out[key, i].cpu(), torch.tensor(1 / 129))
+
+
+def test_cls_only_queries():
+    lengths = [1, 90, 200, 17, 64]
+    ones = [1] * len(lengths)
+    leaves, dout = inputs(lengths, lengths, 64, heads=1)
+    everything, _ = check(leaves, dout, lengths, lengths)
+    leaves[0] = leaves[0].detach()[offsets(lengths)[:-1].long()].requires_grad_()
+    out, _ = check(leaves, dout[: len(lengths)], ones, lengths)
+    assert torch.allclose(out, everything[offsets(lengths)[:-1].long()], atol=1e-6)
+
+
+def test_rows_without_keys_are_zero():
+    """More queries than keys, a window that misses them all, no keys, no queries."""
+    lengths_q, lengths_k = [50, 5, 0, 3], [3, 0, 4, 3]
+    leaves, dout = inputs(lengths_q, lengths_k, 32)
+    out, gradients = check(leaves, dout, lengths_q, lengths_k, window=10)
+    assert (out[13:55] == 0).all() and (gradients[0][13:55] == 0).all()
+    assert (gradients[1][3:7] == 0).all() and (gradients[2][3:7] == 0).all()
+
+
+def test_large_scores_stay_finite():
+    lengths = [70, 40]
+    leaves, dout = inputs(lengths, lengths, 32, heads=1)
+    leaves[0] = (leaves[0].detach() * 100).requires_grad_()  # scores of several hundred
+    check(leaves, dout, lengths, lengths, tolerance=1e-3)
+    leaves[0] = (leaves[0].detach() * 1e4).requires_grad_()
+    cu = offsets(lengths)
+    out = flash_varlen(*leaves, cu, cu, 70, 70)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    assert all(torch.isfinite(x).all() for x in (out, *gradients))
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+def philox(counter, key):
+    """Philox-4x32-10 (Salmon et al. 2011), written from the paper. counter: four uint64 arrays below 2^32;
+    key: 64 bits."""
+    c, k0, k1 = list(np.broadcast_arrays(*counter)), key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        high, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+        c = [b >> high ^ c[1] ^ np.uint64(k0), b & low, a >> high ^ c[3] ^ np.uint64(k1), a & low]
+        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
+    return c
+
+
+def dropout_factors(tokens, heads, longest, p, seed):
+    """Z [tokens, heads, longest]: word c % 4 of counter (c // 4, packed row, head, 0)."""
+    row, head, quarter = np.ogrid[:tokens, :heads, : -(-longest // 4)]
+    zero = np.zeros(1, np.uint64)
+    words = philox([quarter.astype(np.uint64), row.astype(np.uint64), head.astype(np.uint64), zero], seed)
+    words = np.stack(words, -1).reshape(tokens, heads, -1)[:, :, :longest]
+    keep = words >> np.uint64(8) >= round(p * 2**24)
+    return torch.from_numpy(keep / (1 - round(p * 2**24) / 2**24)).to(DEVICE)
+
+
+def test_philox_of_this_test_gives_the_published_words():
+    zero = np.zeros(1, np.uint64)
+    assert [int(w[0]) for w in philox([zero] * 4, 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("p, seed, window", [(0.1, 1, None), (0.5, 2**40 + 7, 20)])
+def test_dropout_forward_and_gradients(p, seed, window):
+    lengths = [1, 33, 100, 0]
+    leaves, dout = inputs(lengths, lengths, 32)
+    z = dropout_factors(sum(lengths), 2, max(lengths), p, seed)
+    out, _ = check(leaves, dout, lengths, lengths, dropout=p, seed=seed, z=z, window=window)
+    cu = offsets(lengths)
+    again, other = (flash_varlen(*leaves, cu, cu, 100, 100, dropout=p, seed=x, window=window) for x in (seed, seed + 1))
+    assert torch.equal(out, again) and not torch.allclose(out, other)
+
+
+def test_dropout_mask_does_not_depend_on_the_tiles():
+    """Sixteen query rows go through smaller tiles than sixty-four; the mask is that of the same packed
+    rows."""
+    leaves, _ = inputs([64], [64], 32)
+    long = flash_varlen(*leaves, offsets([64]), offsets([64]), 64, 64, dropout=0.3, seed=5)
+    short = flash_varlen(leaves[0][:16], *leaves[1:], offsets([16]), offsets([64]), 16, 64, dropout=0.3, seed=5)
+    assert torch.allclose(long[:16], short, atol=1e-6)
+
+
+def test_dropout_rate_and_mean():
+    z = dropout_factors(512, 4, 512, 0.1, 3)
+    assert abs((z == 0).double().mean().item() - 0.1) < 0.0015  # 5 standard deviations of 2^20 draws
+    ones, zeros = torch.ones(64, 1, 32, device=DEVICE), torch.zeros(64, 1, 32, device=DEVICE)
+    out = flash_varlen(zeros, zeros, ones, offsets([64]), offsets([64]), 64, 64, dropout=0.5, seed=11)
+    assert abs(out[:, :, 0].mean().item() - 1.0) < 5 / 64  # mean of Z: 5 standard deviations of 4,096 draws
+
+
+# ------------------------------------------------------------------------------------------------ DeBERTa
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_disentangled_bias(deterministic):
+    """Few slots, so that many keys of a row share one; dropout too."""
+    lengths = [1, 40, 0, 100]
+    leaves, dout = inputs(lengths, lengths, 32, slots=24)
+    lut = torch.arange(-149, 150, device=DEVICE).div(7, rounding_mode="floor").clamp(-12, 11).int() + 12
+    z = dropout_factors(sum(lengths), 2, 100, 0.2, 9)
+    flags = dict(lut=lut, scale=96**-0.5, dropout=0.2, seed=9, deterministic=deterministic)
+    _, gradients = check(leaves, dout, lengths, lengths, z=z, **flags)
+    if deterministic:
+        cu = offsets(lengths)
+        out = flash_varlen(*leaves[:3], cu, cu, 100, 100, c2p=leaves[3], p2c=leaves[4], **flags)
+        assert all(map(torch.equal, gradients, torch.autograd.grad(out, leaves, dout)))
+
+
+def test_disentangled_bias_in_any_order_of_slots():
+    """Slots that come back after others, as no log bucket does: the deterministic sums hold for those too."""
+    lengths = [100, 20]
+    leaves, dout = inputs(lengths, lengths, 32, heads=1, slots=5)
+    lut = (torch.arange(-99, 100, device=DEVICE) % 5).int()
+    check(leaves, dout, lengths, lengths, lut=lut, deterministic=True)
+
+
+def test_disentangled_bias_cls_only():
+    lengths = [1, 90, 200]
+    leaves, dout = inputs([1, 1, 1], lengths, 64, heads=1, slots=512)
+    check(leaves, dout, [1, 1, 1], lengths, lut=log_buckets(200), scale=192**-0.5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_against_hugging_face_deberta(deterministic):
+    """Packed, against eager DisentangledSelfAttention on each sequence alone: output and all gradients."""
+    from transformers import DebertaV2Config
+    from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+
+    torch.manual_seed(0)
+    lengths = [170, 1, 31] if deterministic else [600, 1, 90, 2, 33, 150]
+    config = DebertaV2Config(
+        hidden_size=64, num_attention_heads=1, relative_attention=True, position_buckets=256, max_relative_positions=-1,
+        max_position_embeddings=512, pos_att_type=["p2c", "c2p"], share_att_key=True,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    layer = DisentangledSelfAttention(config).to(DEVICE)
+    for name, parameter in layer.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.15 if name.endswith("weight") else 0.1)
+    hidden = torch.randn(sum(lengths), 64, device=DEVICE, requires_grad=True)
+    rel = torch.randn(512, 64, device=DEVICE, requires_grad=True)
+    dout = torch.randn(sum(lengths), 64, device=DEVICE)
+
+    def products(x):
+        return [projection(x).view(-1, 1, 64) for projection in (layer.query_proj, layer.key_proj, layer.value_proj)]
+
+    q, k, v = products(hidden)
+    pos_q, pos_k, _ = products(rel)
+    c2p, p2c = torch.einsum("rhd,shd->rhs", q, pos_k), torch.einsum("chd,shd->chs", k, pos_q)
+    middle = (q, k, v, pos_q, pos_k)
+    cu, longest = offsets(lengths), max(lengths)
+    got = flash_varlen(q, k, v, cu, cu, longest, longest, scale=192**-0.5, c2p=c2p, p2c=p2c, lut=log_buckets(longest),
+                       deterministic=deterministic)  # fmt: skip
+    got = got.view(-1, 64)
+    leaves = [hidden, rel, *layer.parameters()]
+    gradients = torch.autograd.grad(got, [*leaves, *middle], dout)
+
+    seen = {"q": [], "k": [], "v": []}  # outputs of the three projections, in the order Hugging Face calls them
+    projections = {"q": layer.query_proj, "k": layer.key_proj, "v": layer.value_proj}
+    hooks = [p.register_forward_hook(lambda _m, _i, out, n=n: seen[n].append(out)) for n, p in projections.items()]
+    want = [layer(x[None], torch.ones(1, 1, len(x), len(x), device=DEVICE), rel_embeddings=rel)[0][0]
+            for x in hidden.split(lengths)]  # fmt: skip
+    for hook in hooks:
+        hook.remove()
+    want = torch.cat(want)
+    own = [x for n in "qkv" for x in seen[n]]
+    wanted = torch.autograd.grad(want, [*leaves, *own], dout)
+    wanted, own = wanted[: len(leaves)], dict(zip(map(id, own), wanted[len(leaves) :], strict=True))
+
+    def joined(n, of_positions):
+        """Gradients of the n-projection's outputs: of the tokens (joined) or of the relative positions
+        (summed)."""
+        parts = [own[id(x)][0] for x in seen[n] if (x.shape[1] == 512) == of_positions]
+        return sum(parts) if of_positions else torch.cat(parts)
+
+    names = ["hidden", "rel", *(name for name, _ in layer.named_parameters()), "q", "k", "v", "pos_q", "pos_k"]
+    wanted = [*wanted, *(joined(n, False) for n in "qkv"), joined("q", True), joined("k", True)]
+    for name, x, y in zip(["out", *names], [got, *gradients], [want, *wanted], strict=True):
+        error, size = (x.reshape(y.shape) - y).abs().max().item(), max(1.0, y.abs().max().item())
+        assert error <= 1e-5 * size, f"{name}: error {error:.2e} at values up to {size:.2e}"
+
+
+# ------------------------------------------------------------------------------------------------ precision and frame
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["plain", "window", "bias"])
+def test_low_precision_rule(dtype, case):
+    """Errors against float64 of at most 2 (output) and 3 (gradients) times those of torch in the same
+    precision."""
+    lengths = [128, 90, 1, 200]
+    leaves, dout = inputs(lengths, lengths, 64, heads=1, dtype=dtype, slots=512 if case == "bias" else 0)
+    flags = dict(window=20) if case == "window" else {}
+    tables = dict(c2p=3, p2c=4) if case == "bias" else {}
+    scale = (192 if case == "bias" else 64) ** -0.5
+
+    def run(function, x, grad):
+        bias = {n: x[i] for n, i in tables.items()} | ({"lut": log_buckets(200)} if tables else {})
+        out = function(x, bias)
+        return [out, *torch.autograd.grad(out, x, grad)]
+
+    def reference(x, bias):
+        return attention(*x[:3], lengths, lengths, scale, **bias, **flags)
+
+    cu = offsets(lengths)
+    ours = run(lambda x, bias: flash_varlen(*x[:3], cu, cu, 200, 200, scale=scale, **bias, **flags), leaves, dout)
+    torchs = run(reference, leaves, dout)
+    exact = run(reference, [x.detach().double().requires_grad_() for x in leaves], dout.double())
+    for i, (a, b, c) in enumerate(zip(ours, torchs, exact, strict=True)):
+        error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max() * (2 if i == 0 else 3)
+        assert a.dtype == dtype and error <= allowed, f"tensor {i}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_offsets_beyond_32_bits():
+    """Rows 2^30 elements apart in memory, never touched in between: the third is beyond an int32, in the first sequence
+    of one packing and as the second sequence of the other."""
+    far = torch.empty(2**31 + 3 * 32, dtype=torch.float16, device=DEVICE)
+    q, k, v = (far.as_strided((3, 1, 32), (2**30, 32, 1), 32 * i) for i in range(3))
+    near = [torch.randn(3, 1, 32, device=DEVICE).half().requires_grad_() for _ in range(3)]
+    for x, y in zip((q, k, v), near, strict=True):
+        x.copy_(y.detach())
+    dout = torch.randn(3, 1, 32, device=DEVICE).half()
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    for cu in (offsets([3]), offsets([2, 1])):
+        want, got = flash_varlen(*near, cu, cu, 3, 3), flash_varlen(*leaves, cu, cu, 3, 3)
+        assert torch.equal(got, want)
+        assert all(map(torch.equal, torch.autograd.grad(got, leaves, dout), torch.autograd.grad(want, near, dout)))
+
+
+def test_registered_operator_and_compile():
+    lengths = [5, 20]
+    leaves, dout = inputs(lengths, lengths, 32, slots=6)
+    cu, lut = offsets(lengths), torch.arange(-19, 20, device=DEVICE).clamp(-3, 2).int() + 3
+
+    def call(q, k, v, c2p, p2c):
+        return flash_varlen(q, k, v, cu, cu, 20, 20, c2p=c2p, p2c=p2c, lut=lut, dropout=0.1, seed=4) * 2
+
+    want = call(*leaves)
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
+    assert torch.equal(got, want)
+    for a, b in zip(torch.autograd.grad(got, leaves, dout), torch.autograd.grad(want, leaves, dout), strict=True):
+        assert torch.equal(a, b)
+    q, k, v, c2p, p2c = leaves
+    torch.library.opcheck(torch.ops.kernels_flash.forward.default,
+                          (q, k, v, cu, cu, 20, 20, 0.2, -1, c2p, p2c, lut, 0.1, 4, False),
+                          test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
+def test_no_synchronisation():
+    lengths = [90, 200]
+    leaves, dout = inputs(lengths, lengths, 64, slots=512)
+    lut, cu = log_buckets(200), offsets(lengths)
+    kwargs = dict(c2p=leaves[3], p2c=leaves[4], lut=lut, dropout=0.1, seed=1, deterministic=True)
+    flash_varlen(*leaves[:3], cu, cu, 200, 200, **kwargs).backward(dout)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flash_varlen(*leaves[:3], cu, cu, 200, 200, **kwargs).backward(dout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(lut=None), "come together"),
+        (dict(k=torch.zeros(9, 3, 32)), "same heads"),
+        (dict(v=torch.zeros(9, 2, 32).half()), "want one of"),
+        (dict(q=torch.zeros(9, 2, 160), k=torch.zeros(9, 2, 160), v=torch.zeros(9, 2, 160)), "at most 128"),
+        (dict(cu_seqlens_q=torch.tensor([0, 9])), "int32"),
+        (dict(dropout=1.0), "probability"),
+        (dict(p2c=torch.zeros(9, 2, 7)), "slots"),
+        (dict(lut=torch.zeros(15, dtype=torch.int32)), "lut"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    x = torch.zeros(9, 2, 32)
+    cu = torch.tensor([0, 9], dtype=torch.int32)
+    table = torch.zeros(9, 2, 6)
+    call = dict(q=x, k=x, v=x, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=9, max_seqlen_k=9, c2p=table, p2c=table,
+                lut=torch.zeros(17, dtype=torch.int32))  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        flash_varlen(**(call | change))

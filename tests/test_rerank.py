@@ -1,0 +1,373 @@
+"""rerank.py: datasets and their errors, BM25 against the formula, blocks, resumption, long documents, the command."""
+
+import gzip
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy
+
+import rerank
+from evaluate import BadInput, read_run
+from kernels.encoder import CrossEncoder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rerank")
+    rerank.CACHE = folder / "cache"
+    toy.corpus(folder / "corpus")
+    toy.model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(place):
+    return rerank.Texts(str(place / "corpus"))
+
+
+@pytest.fixture(scope="module")
+def model(place):
+    return CrossEncoder.from_pretrained(place / "model", device="cpu")
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["rerank.py", *map(str, argv)])
+    return rerank.guarded(rerank.main)
+
+
+# ------------------------------------------------------------------------------------------------------ datasets
+
+
+def test_folder_is_read_as_written(place, texts):
+    rows = [json.loads(line) for line in open(place / "corpus" / "corpus.jsonl")]
+    assert texts.documents([r["_id"] for r in rows]) == {r["_id"]: r["text"] for r in rows}
+    assert dict(texts.corpus()) == {r["_id"]: r["text"] for r in rows} and len(texts) == 60
+    assert texts.documents(["nowhere", "d3"]).keys() == {"d3"} and texts.missing(["nowhere", "d3"]) == ["nowhere"]
+    assert texts.queries.keys() == texts.qrels.keys() == {"q9", "q19"} and len(texts.all_queries) == 20
+    assert rerank.Texts(f"{place / 'corpus'}/train").split == "train"
+
+
+def test_long_and_titled_documents(tmp_path):
+    long = "wörd " * 9000
+    (tmp_path / "corpus.jsonl").write_text(
+        json.dumps({"_id": "a", "title": "Title", "text": long}, ensure_ascii=False)
+        + "\n" + json.dumps({"_id": "b", "title": "", "text": "last line without a newline"}))
+    (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "q"}\n')
+    assert rerank.Texts(str(tmp_path)).documents("ab") == {"a": f"Title {long}", "b": "last line without a newline"}
+
+
+GOOD = {"corpus.jsonl": b'{"_id": "a", "text": "x"}\n', "queries.jsonl": b'{"_id": "1", "text": "q"}\n',
+        "qrels/test.tsv": b"query-id\tcorpus-id\tscore\n1\ta\t1\n"}
+
+
+@pytest.mark.parametrize("name, content, where, what", [
+    ("corpus.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "b"\n', "corpus.jsonl:2", "JSON"),
+    ("corpus.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "corpus.jsonl:2", "twice"),
+    ("corpus.jsonl", b'{"_id": 7, "text": "x"}\n', "corpus.jsonl:1", "strings"),
+    ("corpus.jsonl", b'{"_id": "a", "text": "\xff"}\n', "corpus.jsonl:1", "UTF-8"),
+    ("corpus.jsonl", gzip.compress(GOOD["corpus.jsonl"]), "corpus.jsonl:1", "gzip|UTF-8"),
+    ("queries.jsonl", b'{"_id": "1", "text": "q"}\n{"_id": "1", "text": "r"}\n', "queries.jsonl:2", "twice"),
+    ("qrels/test.tsv", b"query-id\tcorpus-id\tscore\n1\ta\n", "test.tsv:2", "column|field"),
+    ("qrels/test.tsv", b"query-id\tcorpus-id\tscore\n2\ta\t1\n", "test.tsv", "'2'"),
+])
+def test_broken_folders_are_named_by_file_and_line(tmp_path, name, content, where, what):
+    (tmp_path / "qrels").mkdir()
+    for file, good in GOOD.items():
+        (tmp_path / file).write_bytes(content if file == name else good)
+    with pytest.raises(BadInput) as e:
+        rerank.Texts(str(tmp_path))
+    assert f"{where}" in str(e.value) and re.search(what, str(e.value)) and "\n" not in str(e.value)
+
+
+def test_unknown_datasets(tmp_path):
+    with pytest.raises(BadInput, match="neither a folder nor"):
+        rerank.Texts("no/such/dataset")
+    (tmp_path / "corpus.jsonl").write_bytes(GOOD["corpus.jsonl"])
+    with pytest.raises(BadInput, match="queries.jsonl: not found"):
+        rerank.Texts(str(tmp_path))
+
+
+def test_missing_split_names_those_there(place):
+    with pytest.raises(BadInput, match="dev, test, train"):
+        rerank.Texts(str(place / "corpus"), split="validation")
+
+
+# ------------------------------------------------------------------------------------------------- first stages
+
+
+def test_bm25_is_the_formula(texts):
+    """Lucene's BM25 in float64; the made-up words have no suffix that the stemmer takes off."""
+    docs = {d: t.split() for d, t in texts.corpus()}
+    mean = sum(map(len, docs.values())) / len(docs)
+    frequency = Counter(w for words in docs.values() for w in set(words))
+    got = rerank.bm25(texts, texts.all_queries, depth=60)
+    for qid, query in texts.all_queries.items():
+        expected = {}
+        for docid, words in docs.items():
+            total = 0.0
+            for w in query.split():
+                tf, df = words.count(w), frequency[w]
+                if tf:
+                    idf = math.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
+                    total += idf * tf / (tf + 0.9 * (1 - 0.4 + 0.4 * len(words) / mean))
+            if total:
+                expected[docid] = total
+        assert got[qid].keys() == expected.keys()
+        assert all(abs(got[qid][d] - s) < 1e-4 for d, s in expected.items())
+
+
+def test_bm25_cut_is_the_top_of_the_full_list(texts):
+    full, cut = rerank.bm25(texts, texts.queries, 60), rerank.bm25(texts, texts.queries, 7)
+    for qid in full:
+        assert list(cut[qid].items()) == rerank.trec_order(full[qid].items())[:7]
+
+
+def test_splade_is_the_inner_product_of_the_term_weights(place, texts, tmp_path):
+    """Against a dense computation, one text at a time, of log(1 + relu) and max over positions."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    tokenizer = toy.tokenizer()
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, initializer_range=1.0,
+                        num_attention_heads=2, intermediate_size=16, max_position_embeddings=64)
+    mlm = BertForMaskedLM(config).eval()
+    mlm.save_pretrained(tmp_path / "splade")
+    tokenizer.save_pretrained(tmp_path / "splade")
+
+    def vector(text):
+        with torch.no_grad():
+            return torch.log1p(mlm(**tokenizer(text, return_tensors="pt")).logits[0].double().relu()).amax(0)
+
+    documents = {d: vector(t) for d, t in texts.corpus()}
+    for again in range(2):  # the second time from the cache
+        got = rerank.first_stage(texts, None, f"splade:{tmp_path / 'splade'}", 7)
+        for qid, query in texts.queries.items():
+            expected = {d: float(vector(query) @ v) for d, v in documents.items()}
+            top = rerank.trec_order(expected.items())[:7]
+            assert list(got[qid]) == [d for d, _ in top], again
+            assert list(got[qid].values()) == pytest.approx([s for _, s in top], rel=1e-4)
+
+
+def test_ties_go_by_docid_descending():
+    assert rerank.trec_order([("a", 1.0), ("c", 1.0), ("b", 2.0), ("d10", 1.0), ("d9", 1.0)]) == [
+        ("b", 2.0), ("d9", 1.0), ("d10", 1.0), ("c", 1.0), ("a", 1.0)]
+
+
+def test_ids_of_a_run_are_checked(tmp_path, texts):
+    file = tmp_path / "first.run"
+    file.write_text("q1 Q0 d1 1 2.0 x\nq1 Q0 d2 2 1.0 x\nq2 Q0 nowhere 1 1.0 x\n")
+    with pytest.raises(BadInput, match=r"first.run:3: document 'nowhere'"):
+        rerank.first_stage(texts, file, None, 10)
+    assert rerank.first_stage(texts, file, None, 10, skip_missing=True)["q2"] == {}
+    file.write_text("q1 Q0 d1 1 2.0 x\nq99 Q0 d2 2 1.0 x\n")
+    with pytest.raises(BadInput, match=r"first.run:2: query 'q99'"):
+        rerank.first_stage(texts, file, None, 10)
+
+
+def test_depth_cuts_by_score_not_by_line(tmp_path, texts):
+    file = tmp_path / "first.run"
+    file.write_text("q1 Q0 d1 1 1.0 x\nq1 Q0 d2 2 3.0 x\nq1 Q0 d3 3 2.0 x\n")
+    assert rerank.first_stage(texts, file, None, 2) == {"q1": {"d2": 3.0, "d3": 2.0}}
+
+
+# ------------------------------------------------------------------------------------------------------ scoring
+
+
+def first(texts):
+    return rerank.bm25(texts, texts.all_queries, 20)
+
+
+def test_scores_are_the_models_own(texts, model):
+    candidates = first(texts)
+    got = rerank.score_run(model, texts, candidates)
+    documents = dict(texts.corpus())
+    for qid, ranked in candidates.items():
+        expected = model.score([texts.all_queries[qid]] * len(ranked), [documents[d] for d in ranked])
+        assert list(got[qid]) == list(ranked)
+        np.testing.assert_allclose(list(got[qid].values()), expected.numpy(), atol=1e-5)
+
+
+def test_blocks_hold_whole_queries_in_order():
+    made = {f"q{i}": dict.fromkeys(range(n), 0.0) for i, n in enumerate([3, 5, 1, 9, 2])}
+    assert rerank.blocks_of(made, 8) == [["q0", "q1"], ["q2", "q3"], ["q4"]]
+    assert rerank.blocks_of({}, 8) == []
+
+
+def test_passages_cover_the_document():
+    ids = np.arange(10)
+    assert [p.tolist() for p in rerank.split_passages(ids, 4, 3)] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert [p.tolist() for p in rerank.split_passages(ids, 4, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [6, 7, 8, 9]]
+    assert len(rerank.split_passages(ids, 10, 3)) == 1 and len(rerank.split_passages(ids, 9, 3)) == 2
+
+
+def test_maxp_is_the_best_passage(texts, model):
+    model.doc_length, keep = 8, model.doc_length
+    try:
+        candidates = {q: ranked for q, ranked in list(first(texts).items())[:4]}
+        scorer = rerank.PairScorer(model, texts, candidates, long_docs="max", stride=5)
+        got = {q: s for block in scorer(rerank.blocks_of(candidates)) for q, s in block.items()}
+        for qid, ranked in candidates.items():
+            query, documents = texts.all_queries[qid], texts.documents(ranked)
+            for docid in ranked:
+                words = documents[docid].split()  # one token a word in this vocabulary
+                starts = [0] if len(words) <= 8 else [*range(0, len(words) - 8, 5), len(words) - 8]
+                best = max(model.score([query], [" ".join(words[s : s + 8])]).item() for s in starts)
+                assert abs(got[qid][docid] - best) < 1e-5
+        assert scorer.passages > scorer.pairs
+        cut = rerank.PairScorer(model, texts, candidates)
+        list(cut(rerank.blocks_of(candidates)))
+        assert cut.documents.truncated == {
+            d for ranked in candidates.values() for d in ranked if len(texts.documents([d])[d].split()) > 8}
+    finally:
+        model.doc_length = keep
+
+
+def test_scores_that_are_not_finite_name_the_query(texts, model):
+    weight = model.model.classifier.bias
+    keep = weight.detach().clone()
+    weight.data.fill_(math.nan)
+    with pytest.raises(BadInput, match="q0"):
+        rerank.score_run(model, texts, first(texts))
+    weight.data.copy_(keep)
+
+
+def test_missing_documents_stop_or_are_counted(texts, model):
+    candidates = {"q1": {"d1": 1.0, "gone": 0.5}}
+    with pytest.raises(BadInput, match="gone"):
+        rerank.score_run(model, texts, candidates)
+    scorer = rerank.PairScorer(model, texts, candidates, skip_missing=True)
+    (result,) = scorer([["q1"]])
+    assert list(result["q1"]) == ["d1"] and scorer.documents.missing == {"gone"}
+    assert "1 documents missing" in scorer.summary()
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+def test_written_runs_keep_float32_exactly(tmp_path):
+    scores = np.random.default_rng(0).standard_normal(50).astype(np.float32) * np.float32(1e-3)
+    rerank.write_run(tmp_path / "a.run", {"q": {f"d{i}": s for i, s in enumerate(scores)}})
+    back = read_run(tmp_path / "a.run")["q"]
+    assert all(np.float32(back[f"d{i}"]) == s for i, s in enumerate(scores))
+    lines = (tmp_path / "a.run").read_text().splitlines()
+    assert [line.split()[3] for line in lines] == [str(i + 1) for i in range(50)]
+    assert [float(line.split()[4]) for line in lines] == sorted(map(float, back.values()), reverse=True)
+
+
+def test_an_interrupted_run_ends_as_the_uninterrupted(tmp_path, texts, model, monkeypatch):
+    monkeypatch.setattr(rerank.blocks_of, "__defaults__", (60,))
+    candidates, plan = first(texts), {"model": "m"}
+    whole, broken = tmp_path / "whole.run", tmp_path / "broken.run"
+    rerank.write_in_blocks(whole, plan, candidates, "t", rerank.PairScorer(model, texts, candidates))
+    assert not list(tmp_path.glob("*.part*"))
+
+    class Killed(Exception):
+        pass
+
+    def until(n):
+        def score(blocks):
+            for i, result in enumerate(rerank.PairScorer(model, texts, candidates)(blocks)):
+                if i == n:
+                    raise Killed
+                yield result
+        return score
+
+    part = tmp_path / "broken.run.part-0"
+    for n in (1, 2, 0, 1):
+        with pytest.raises(Killed):
+            rerank.write_in_blocks(broken, plan, candidates, "t", until(n))
+        with open(part, "ab") as file:
+            file.write(b"q7 Q0 d1 1 0.5")  # a line cut in the middle
+    with pytest.raises(BadInput, match="other flags"):
+        rerank.write_in_blocks(broken, {"model": "another"}, candidates, "t", until(9))
+    scored = []
+
+    def counted(blocks):
+        scored.extend(blocks)
+        return rerank.PairScorer(model, texts, candidates)(blocks)
+
+    rerank.write_in_blocks(broken, plan, candidates, "t", counted)
+    assert broken.read_bytes() == whole.read_bytes()
+    assert len(scored) == len(rerank.blocks_of(candidates)) - 4  # nothing is scored twice
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def test_command_writes_the_run(place, tmp_path, monkeypatch, capsys, model, texts):
+    out = tmp_path / "out.run"
+    argv = ["--model", place / "model", "--dataset", place / "corpus", "--first-stage", "bm25", "--depth", 10]
+    argv += ["--out", out]
+    assert run(monkeypatch, *argv) == 0
+    candidates = rerank.bm25(texts, texts.queries, 10)
+    expected = rerank.score_run(model, texts, candidates)
+    got = read_run(out)
+    assert got.keys() == expected.keys()
+    for qid in got:
+        assert {d: np.float32(s) for d, s in got[qid].items()} == {d: np.float32(s) for d, s in expected[qid].items()}
+    assert json.loads((tmp_path / "out.run.json").read_text())["pairs"] == sum(map(len, candidates.values()))
+    assert run(monkeypatch, *argv) == 2 and "--overwrite" in capsys.readouterr().err
+    assert run(monkeypatch, *argv, "--overwrite") == 0
+
+
+def test_two_processes_write_the_same_file(place, tmp_path):
+    """Some blocks to each: the block size is cut, so that this corpus has several."""
+    root = Path(rerank.__file__).resolve().parent
+    script = tmp_path / "small_blocks.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(root)!r})\nimport rerank\n"
+                      "rerank.blocks_of.__defaults__ = (40,)\nsys.exit(rerank.guarded(rerank.main))\n")
+    rerank.write_run(tmp_path / "first.run", first(rerank.Texts(str(place / "corpus"))))
+    argv = [script, "--model", place / "model", "--dataset", place / "corpus", "--run", tmp_path / "first.run"]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29521", "--"]
+    for runner, out in (([], "1.run"), (two, "2.run")):
+        command = [sys.executable, *runner, *argv, "--device", "cpu", "--out", tmp_path / out]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=200,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "1.run").read_bytes() == (tmp_path / "2.run").read_bytes()
+    assert len(read_run(tmp_path / "2.run")) == 20 and not list(tmp_path.glob("*.part*"))
+
+
+def test_query_form(place, tmp_path, monkeypatch, capsys, model):
+    file = tmp_path / "lines.txt"
+    file.write_text("kaba lodor\nmifin\n\nnegus puba radin\n")
+    assert run(monkeypatch, "--model", place / "model", "--query", "mifin puba", file) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    lines = ["kaba lodor", "mifin", "negus puba radin"]
+    expected = dict(zip(lines, model.score(["mifin puba"] * 3, lines).tolist(), strict=True))
+    assert [r[1] for r in rows] == sorted(lines, key=lambda line: -expected[line])
+    assert all(abs(float(s) - expected[line]) < 1e-5 for s, line in rows)
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--model", "no/such/model", "--query", "x", "f"], "no/such/model"),
+    (["--model", "MODEL", "--query", "x", "no-such-file"], "no-such-file"),
+    (["--model", "MODEL", "--dataset", "no/such", "--first-stage", "bm25", "--out", "x.run"], "no/such"),
+    (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "gone/x.run"], "gone"),
+    (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "scoreddocs", "--out", "x.run"], "scoreddocs"),
+])
+def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, capsys, argv, word):
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": place / "model", "CORPUS": place / "corpus"}
+    assert run(monkeypatch, *[names.get(a, a) for a in argv]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and word in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_known_first_stage_of_scifact(shared_data):
+    """BM25 over SciFact's test queries: the figure of the collection's own run, made by the same library, is 0.6762."""
+    import evaluate
+
+    texts = rerank.Texts(str(shared_data / "scifact"))
+    got = rerank.bm25(texts, texts.queries, 100)
+    assert abs(evaluate.mean(evaluate.evaluate(texts.qrels, got, ["nDCG@10"]))["nDCG@10"] - 0.6762) < 0.01

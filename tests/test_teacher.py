@@ -1,0 +1,875 @@
+"""teacher.py: ensembles against the members' own runs, published files from a local server, LLM rankers."""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+import toy
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import rerank
+import teacher
+from evaluate import BadInput, read_run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    rerank.CACHE = folder / "cache"
+    toy.corpus(folder / "corpus")
+    for seed, (hidden, query_length, doc_length) in enumerate([(32, 8, 32), (64, 4, 16), (32, 6, 24)]):
+        model = toy.model(folder / f"model{seed}", seed=seed, hidden=hidden)
+        config = json.loads((model / "config.json").read_text())
+        config |= {"query_length": query_length, "doc_length": doc_length}
+        (model / "config.json").write_text(json.dumps(config))
+    lines = [f"q{q} Q0 d{(7 * q + 3 * i) % 60} {i + 1} {100 - i}.5 first\n" for q in range(12) for i in range(20)]
+    (folder / "first.run").write_text("".join(lines))
+    return folder
+
+
+def run(monkeypatch, script, *argv):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, argv)])
+    return rerank.guarded(script.main)
+
+
+@pytest.fixture(scope="module")
+def member_runs(place):
+    """What rerank.py writes for each member."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for i in range(3):
+            assert run(monkeypatch, rerank, "--model", place / f"model{i}", "--dataset", place / "corpus", "--run",
+                       place / "first.run", "--out", place / f"member{i}.run") == 0
+    return [read_run(place / f"member{i}.run") for i in range(3)]
+
+
+def ensemble(monkeypatch, place, out, *more, members=3):
+    return run(monkeypatch, teacher, "cross-encoder", "--model", *[place / f"model{i}" for i in range(members)],
+               "--dataset", place / "corpus", "--out", out, *more)
+
+
+# ------------------------------------------------------------------------------------------------------ ensembles
+
+
+@pytest.mark.parametrize("how", ["none", "zscore", "minmax"])
+def test_mean_of_members(place, member_runs, monkeypatch, tmp_path, how):
+    assert ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run", "--normalize", how) == 0
+    got = read_run(tmp_path / "t.run")
+    assert list(got) == list(member_runs[0])
+    for qid in got:
+        assert got[qid].keys() == member_runs[0][qid].keys() and len(got[qid]) == 20
+        columns = {}
+        for m, scores in enumerate(member_runs):
+            values = np.array(list(scores[qid].values()), np.float64)
+            for docid, s in scores[qid].items():
+                if how == "zscore":
+                    s = (s - values.sum() / 20) / np.sqrt(((values - values.sum() / 20) ** 2).sum() / 20)
+                if how == "minmax":
+                    s = (s - values.min()) / (values.max() - values.min())
+                columns[docid, m] = s
+        for docid, s in got[qid].items():
+            assert abs(s - sum(columns[docid, m] for m in range(3)) / 3) < 1e-6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.run", "t.run.json"]
+    summary = json.loads((tmp_path / "t.run.json").read_text())
+    assert [m["pairs"] for m in summary["members"]] == [240] * 3
+    assert [m["doc_length"] for m in summary["members"]] == [32, 16, 24]
+
+
+def test_one_model_is_reranks_run(place, member_runs, monkeypatch, tmp_path):
+    assert ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run", members=1) == 0
+    assert (tmp_path / "t.run").read_bytes() == (place / "member0.run").read_bytes()
+
+
+def test_equal_scores_normalize_to_zero():
+    for how in ("zscore", "minmax"):
+        assert teacher.normalized(np.full(4, 2.5), how).tolist() == [0.0] * 4
+    assert teacher.normalized(np.array([3.0]), "none").tolist() == [3.0]
+
+
+def test_keep_each(place, member_runs, monkeypatch, tmp_path):
+    assert ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run", "--keep-each",
+                    "--normalize", "zscore") == 0
+    for i in range(3):
+        assert read_run(tmp_path / f"t.member-{i + 1}.run") == member_runs[i]
+
+
+@pytest.mark.parametrize("columns", [3, 5])
+def test_triples(place, member_runs, monkeypatch, tmp_path, columns):
+    """Hofstätter's layout; the pairs occur again and again and are scored once."""
+    triples = [(f"q{q}", f"d{7 * q % 60}", f"d{(7 * q + 3 * i) % 60}") for q in (2, 0, 2) for i in (1, 2, 5, 2)]
+    (tmp_path / "in.tsv").write_text("".join("\t".join(("9", "8") * (columns == 5) + t) + "\n" for t in triples))
+    assert ensemble(monkeypatch, place, tmp_path / "out.tsv", "--triples", tmp_path / "in.tsv", "--keep-each") == 0
+    rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
+    assert [tuple(r[2:]) for r in rows] == triples
+    for pos_score, neg_score, qid, pos, neg in rows:
+        for docid, score in ((pos, pos_score), (neg, neg_score)):
+            assert abs(float(score) - np.mean([m[qid][docid] for m in member_runs])) < 1e-6
+    summary = json.loads((tmp_path / "out.tsv.json").read_text())
+    assert [m["pairs"] for m in summary["members"]] == [8] * 3 and summary["pairs"] == 8
+    kept = (tmp_path / "out.member-2.tsv").read_text().splitlines()
+    assert abs(float(kept[0].split("\t")[0]) - member_runs[1]["q2"]["d14"]) < 1e-6
+
+
+@pytest.mark.parametrize("line, what", [
+    ("q1\td1\n", "in.tsv:2: 2 tab-separated columns"), ("nobody\td1\td2\n", "in.tsv:2: query 'nobody'"),
+    ("q1\td1\tnowhere\n", "in.tsv:2: document 'nowhere'"), ("q1\t\td2\n", "in.tsv:2: 3 tab-separated columns")])
+def test_broken_triples(place, monkeypatch, tmp_path, capsys, line, what):
+    (tmp_path / "in.tsv").write_text("q1\td1\td2\n" + line)
+    assert ensemble(monkeypatch, place, tmp_path / "out.tsv", "--triples", tmp_path / "in.tsv") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and what in error
+    assert [p.name for p in tmp_path.iterdir()] == ["in.tsv"]
+
+
+def test_triples_without_their_documents_are_counted(place, member_runs, monkeypatch, tmp_path, capsys):
+    (tmp_path / "in.tsv").write_text("q1\td7\td10\nq1\td7\tnowhere\nq1\tnowhere\td10\n")
+    assert ensemble(monkeypatch, place, tmp_path / "o.tsv", "--triples", tmp_path / "in.tsv", "--skip-missing") == 0
+    assert len((tmp_path / "o.tsv").read_text().splitlines()) == 1
+    assert "2 triples left out" in capsys.readouterr().err
+
+
+def test_interrupted_ensemble_goes_on(place, member_runs, monkeypatch, tmp_path):
+    """Interrupted in the second member's second block: the first member and the whole block are not scored again."""
+    monkeypatch.setattr(rerank.blocks_of, "__defaults__", (60,))
+    whole = rerank.PairScorer.__call__
+    scored = []
+
+    def stop_after(limit):
+        def call(self, blocks):
+            for result in whole(self, blocks):
+                if len(scored) == limit:
+                    raise KeyboardInterrupt
+                scored.append(list(result))
+                yield result
+        monkeypatch.setattr(rerank.PairScorer, "__call__", call)
+
+    arguments = (place, tmp_path / "t.run", "--run", place / "first.run")
+    stop_after(5)
+    assert ensemble(monkeypatch, *arguments) == 130 and not (tmp_path / "t.run").exists()
+    stop_after(1000)
+    assert ensemble(monkeypatch, *arguments) == 0
+    assert len(scored) == 3 * 4 and len({tuple(s) for s in scored}) == 4
+    assert ensemble(monkeypatch, place, tmp_path / "u.run", "--run", place / "first.run") == 0
+    assert (tmp_path / "t.run").read_bytes() == (tmp_path / "u.run").read_bytes()
+
+
+def test_usage(place, monkeypatch, tmp_path, capsys):
+    (tmp_path / "t.run").write_text("mine")
+    assert ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run") == 2
+    assert "exists" in capsys.readouterr().err and (tmp_path / "t.run").read_text() == "mine"
+    for more in ([], ["--run", place / "first.run", "--first-stage", "bm25"]):
+        with pytest.raises(SystemExit) as e:
+            ensemble(monkeypatch, place, tmp_path / "u.run", *more)
+        assert e.value.code == 2
+
+
+# --------------------------------------------------------------------------------------------------- local servers
+
+
+@pytest.fixture
+def serve():
+    """serve(handle) -> (url, list of requests seen); handle(handler, number, body) answers request `number`."""
+    servers = []
+
+    def start(handle):
+        seen, lock = [], threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                with lock:
+                    seen.append((self.path, dict(self.headers), body))
+                    number = len(seen) - 1
+                handle(self, number, body)
+
+            do_GET = do_POST = answer
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}", seen
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def reply(handler, status, content, headers=(), length=None):
+    handler.send_response(status)
+    for name, value in headers:
+        handler.send_header(name, value)
+    handler.send_header("Content-Length", str(len(content) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+# ----------------------------------------------------------------------------------------------------- published
+
+FILE = b"".join(f"{q} Q0 {d} {r + 1} {5 - r} t\n".encode() for q in range(2000) for r, d in enumerate((7, 3, 9)))
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """PUBLISHED with one file on a local server."""
+    monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path / "irds"))
+    monkeypatch.setenv("IR_DATASETS_DL_DISABLE_PBAR", "true")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def put(url, md5=hashlib.md5(FILE).hexdigest()):  # noqa: B008
+        monkeypatch.setitem(teacher.PUBLISHED, "rankzephyr-50", (url, "teacher.run", md5))
+        return tmp_path / "irds" / "teachers" / "teacher.run"
+
+    return put
+
+
+def test_published_is_fetched_once(serve, shelf):
+    url, seen = serve(lambda handler, number, body: reply(handler, 200, FILE))
+    path = shelf(url)
+    assert teacher.published("rankzephyr-50") == path and path.read_bytes() == FILE
+    assert teacher.published("rankzephyr-50") == path and [p for p, *_ in seen] == ["/teacher.run"]
+    assert read_run(path)["5"] == {"7": 5.0, "3": 4.0, "9": 3.0}
+
+
+def test_published_is_fetched_by_one_process_at_a_time(serve, shelf):
+    def slow(handler, number, body):
+        time.sleep(0.3)
+        reply(handler, 200, FILE)
+
+    url, seen = serve(slow)
+    path = shelf(url)
+    with ThreadPoolExecutor(3) as pool:  # each call locks a file that it opened itself, as processes do
+        assert set(pool.map(teacher.published, ["rankzephyr-50"] * 3)) == {path}
+    assert len(seen) == 1 and path.read_bytes() == FILE
+
+
+def test_published_with_another_checksum(serve, shelf):
+    url, _ = serve(lambda handler, number, body: reply(handler, 200, FILE[:-1] + b"!"))
+    path = shelf(url)
+    with pytest.raises(BadInput, match=f"md5.*{hashlib.md5(FILE).hexdigest()}") as e:
+        teacher.published("rankzephyr-50")
+    assert "\n" not in str(e.value) and not path.exists() and not list(path.parent.glob("*.tmp"))
+
+
+def test_published_resumes_a_broken_transfer(serve, shelf):
+    def half(handler, number, body):
+        start = int((handler.headers.get("Range") or "bytes=0-")[6:].rstrip("-"))
+        piece = FILE[start:] if number else FILE[: len(FILE) // 2]
+        reply(handler, 206 if start else 200, piece, [("Accept-Ranges", "bytes")], len(FILE) - start)
+
+    url, seen = serve(half)
+    path = shelf(url)
+    assert teacher.published("rankzephyr-50").read_bytes() == FILE and path.exists()
+    ranges = [{k.lower(): v for k, v in headers.items()}.get("range") for _, headers, _ in seen]
+    assert ranges[0] is None and int(ranges[1][6:-1]) > 0 and len(seen) == 2
+
+
+def test_published_offline_and_unknown(shelf, monkeypatch):
+    monkeypatch.setenv("IR_DATASETS_DL_TRIES", "1")
+    path = shelf("http://127.0.0.1:9")
+    with pytest.raises(BadInput, match="offline, download http://127.0.0.1:9/teacher.run elsewhere .* its path") as e:
+        teacher.published("rankzephyr-50")
+    assert "\n" not in str(e.value) and not path.exists()
+    with pytest.raises(BadInput, match="offline, download https://huggingface.co/datasets/webis/rank-distillm"):
+        teacher.published("hf-colbert")  # the hub is off in these tests
+    with pytest.raises(BadInput, match="no-such.run: neither a file nor .*ensemble-t2"):
+        teacher.published("no-such.run")
+
+
+def test_published_parquet_becomes_a_run(shelf, monkeypatch, tmp_path):
+    import huggingface_hub
+    import pyarrow
+    import pyarrow.parquet
+
+    shelf("")
+    rows = [("30", "d2", 1.0), ("30", "d9", 7.0), ("4", "d1", 2.0), ("30", "d5", 3.0), ("4", "d7", 2.5)]
+    table = pyarrow.table([list(column) for column in zip(*rows, strict=True)], names=["qid", "docno", "score"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: str(tmp_path / "x.parquet"))
+    with pytest.raises(BadInput, match="Expected md5"):
+        teacher.published("hf-colbert")
+    where, file, _ = teacher.PUBLISHED["hf-colbert"]
+    md5 = hashlib.md5((tmp_path / "x.parquet").read_bytes()).hexdigest()
+    monkeypatch.setitem(teacher.PUBLISHED, "hf-colbert", (where, file, md5))
+    path = teacher.published("hf-colbert")
+    assert read_run(path) == {"30": {"d9": 7.0, "d5": 3.0, "d2": 1.0}, "4": {"d7": 2.5, "d1": 2.0}}
+    assert [line.split()[2:4] for line in path.read_text().splitlines()] == [
+        ["d9", "1"], ["d5", "2"], ["d2", "3"], ["d7", "1"], ["d1", "2"]]
+
+
+def test_docpairs(shelf, monkeypatch):
+    import ir_datasets
+    from ir_datasets.formats import GenericDocPair
+
+    shelf("")
+
+    class Train:
+        def docpairs_iter(self):
+            yield from [GenericDocPair("1", "22", "33"), GenericDocPair("2", "5", "6")]
+
+    monkeypatch.setattr(ir_datasets, "load", {"msmarco-passage/train": Train()}.__getitem__)
+    assert teacher.published("docpairs").read_text() == "1\t22\t33\n2\t5\t6\n"
+
+
+def test_real_llm_orders_are_read_as_they_are(shared_data):
+    for name in ("rankgpt-3.5", "rankvicuna"):
+        teacher_run = read_run(shared_data / "trec-dl-2019" / "runs" / f"teacher-{name}.bm25.top100.txt")
+        assert len(teacher_run) == 43 and all(len(ranked) == 100 for ranked in teacher_run.values())
+        for ranked in teacher_run.values():
+            scores = list(ranked.values())
+            assert scores == sorted(scores, reverse=True) and len(set(scores)) > 50
+
+
+# ------------------------------------------------------------------------------------------- listwise: the algorithm
+
+
+@pytest.mark.parametrize("text, order, wrong", [
+    ("[3] > [1] > [4] > [2]", [2, 0, 3, 1], []),
+    (" [2]>[1] >[3]>  [4]\n", [1, 0, 2, 3], []),
+    ("[3] > [1]", [2, 0, 1, 3], ["missing"]),
+    ("[3] > [1] > [3] > [2] > [4]", [2, 0, 1, 3], ["repeated"]),
+    ("[9] > [2] > [0] > [1] > [3] > [4]", [1, 0, 2, 3], ["out of range"]),
+    ("3, 1, 2, 4", [2, 0, 1, 3], ["malformed"]),
+    ("I cannot rank these.", [0, 1, 2, 3], ["malformed", "missing"]),
+    ("", [0, 1, 2, 3], ["malformed", "missing"]),
+    ("[4] > [4] > [7] and so on", [3, 0, 1, 2], ["malformed", "repeated", "out of range", "missing"]),
+    ("<think>[1] > [2]?</think>[4] > [3] > [2] > [1]", [3, 2, 1, 0], []),
+    ("[" + "1" * 5000 + "] > [2]", [1, 0, 2, 3], ["out of range", "missing"]),
+    ("[²] > [2] > [1] > [3] > [4]", [1, 0, 2, 3], ["malformed"]),
+])
+def test_permutations_are_repaired(text, order, wrong):
+    assert teacher.parse_permutation(text, 4) == (order, wrong)
+
+
+@pytest.mark.parametrize("n, window, stride, spans", [
+    (100, 20, 10, [(80, 100), (70, 90), (60, 80), (50, 70), (40, 60), (30, 50), (20, 40), (10, 30), (0, 20)]),
+    (25, 10, 5, [(15, 25), (10, 20), (5, 15), (0, 10)]), (23, 10, 4, [(13, 23), (9, 19), (5, 15), (1, 11), (0, 7)]),
+    (12, 20, 10, [(0, 12)]), (20, 20, 10, [(0, 20)]), (2, 20, 10, [(0, 2)]), (1, 20, 10, []), (0, 20, 10, [])])
+def test_windows(n, window, stride, spans):
+    assert teacher.windows(n, window, stride) == spans
+
+
+def test_prompts_as_published():
+    """The conversations of the two papers, spelled out for two passages."""
+    system, user = teacher.conversation("rankzephyr", "what is [1] ir", ["one  two three [12] x", "four"], 4)
+    assert system == {"role": "system", "content": "You are RankLLM, an intelligent assistant that can rank passages "
+                      "based on their relevancy to the query"}
+    assert user == {"role": "user", "content": (
+        "I will provide you with 2 passages, each indicated by a numerical identifier []. Rank the passages based on "
+        "their relevance to the search query: what is (1) ir.\n[1] one two three (12)\n[2] four\nSearch Query: what is "
+        "(1) ir.\nRank the 2 passages above based on their relevance to the search query. All the passages should be "
+        "included and listed using identifiers, in descending order of relevance. The output format should be [] > [], "
+        "e.g., [2] > [1], Answer concisely and directly and only respond with the ranking results, do not say any word "
+        "or explain.")}
+    turns = teacher.conversation("rankgpt", "q", ["one", "two"], 300)
+    assert [t["role"] for t in turns] == ["system", *["user", "assistant"] * 3, "user"]
+    assert [t["content"] for t in turns[1:-1]] == [
+        "I will provide you with 2 passages, each indicated by number identifier []. \nRank the passages based on "
+        "their relevance to query: q.", "Okay, please provide the passages.", "[1] one", "Received passage [1].",
+        "[2] two", "Received passage [2]."]
+    assert turns[-1]["content"] == (
+        "Search Query: q. \nRank the 2 passages above based on their relevance to the search query. The passages "
+        "should be listed in descending order using identifiers. The most relevant passages should be listed first. "
+        "The output format should be [] > [], e.g., [1] > [2]. Only response the ranking results, do not say any word "
+        "or explain.")
+
+
+# --------------------------------------------------------------------------------------------- listwise: an endpoint
+
+
+def grade(qid, docid):
+    """The relevance that the perfect judge sees, a number of its own for each document of a query."""
+    return int(docid[1:]) * 37 % 61 if int(qid[1:]) % 2 else int(docid[1:]) * 23 % 61
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """Five queries, the first over 40 documents, the last over one; texts are just ids for the judge."""
+    folder = tmp_path_factory.mktemp("graded")
+    (folder / "corpus").mkdir()
+    with open(folder / "corpus" / "corpus.jsonl", "w") as file:
+        for d in range(60):
+            file.write(json.dumps({"_id": f"d{d}", "text": f"text d{d} " + "more and more " * (d % 5)}) + "\n")
+    with open(folder / "corpus" / "queries.jsonl", "w") as file:
+        for q in range(5):
+            file.write(json.dumps({"_id": f"q{q}", "text": f"query q{q}"}) + "\n")
+    with open(folder / "first.run", "w") as file:
+        for q, n in enumerate((40, 33, 25, 6, 1)):
+            order = np.random.default_rng(q).permutation(60)[:n]
+            file.write("".join(f"q{q} Q0 d{d} {r + 1} {n - r} bm25\n" for r, d in enumerate(order)))
+    return folder
+
+
+def judged(body):
+    """(qid, docids in the order shown) of a request, by the text of its conversation."""
+    said = "\n".join(m["content"] for m in json.loads(body)["messages"] if m["role"] == "user")
+    return re.search(r"query (q\d+)", said)[1], re.findall(r"^\[\d+\] text (d\d+)", said, re.M)
+
+
+def perfect(body):
+    qid, docids = judged(body)
+    return " > ".join(f"[{i + 1}]" for i in sorted(range(len(docids)), key=lambda i: -grade(qid, docids[i])))
+
+
+def completion(handler, text, finish="stop"):
+    content = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}],
+               "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+    reply(handler, 200, json.dumps(content).encode())
+
+
+def llm(monkeypatch, graded, url, out, *more):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(teacher.Endpoint, "first_pause", 0.01)
+    return run(monkeypatch, teacher, "listwise", "--endpoint", f"{url}/v1", "--model", "judge", "--dataset",
+               graded / "corpus", "--run", graded / "first.run", "--window", 10, "--stride", 5, "--out", out, *more)
+
+
+def expected(graded, answer=None, depth=100):
+    """The published algorithm on its own: {qid: {docid: depth - rank + 1}}."""
+    result = {}
+    for qid, ranked in read_run(graded / "first.run").items():
+        items, end = list(ranked)[:depth], min(len(ranked), depth)
+        start = end - 10
+        while len(items) > 1:
+            low = max(start, 0)
+            items[low:end] = sorted(items[low:end], key=lambda d: -grade(qid, d))
+            if start <= 0:
+                break
+            start, end = start - 5, end - 5
+        result[qid] = {d: float(depth - r) for r, d in enumerate(items)}
+    return result
+
+
+@pytest.mark.parametrize("prompt", ["rankzephyr", "rankgpt"])
+def test_perfect_judge(graded, serve, monkeypatch, tmp_path, prompt):
+    together, most, lock = 0, 0, threading.Lock()
+
+    def handle(handler, number, body):
+        nonlocal together, most
+        with lock:
+            together += 1
+            most = max(most, together)
+        time.sleep(0.02)
+        with lock:
+            together -= 1
+        completion(handler, perfect(body))
+
+    url, seen = serve(handle)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--prompt", prompt) == 0
+    got = read_run(tmp_path / "t.run")
+    assert got == expected(graded) and list(got) == [f"q{q}" for q in range(5)]
+    for qid, first in read_run(graded / "first.run").items():  # the top window - stride of the whole list are exact
+        best = sorted(first, key=lambda d: -grade(qid, d))[:5]
+        assert list(got[qid])[:5] == best and list(got[qid].values())[:1] == [100.0]
+    assert most > 1 and {p for p, *_ in seen} == {"/v1/chat/completions"}
+    bodies = [json.loads(b) for *_, b in seen]
+    assert all(b["model"] == "judge" and b["temperature"] == 0 and b["max_tokens"] > 50 for b in bodies[:1])
+    summary = json.loads((tmp_path / "t.run.json").read_text())
+    assert summary["counts"] == {"answers": 18, "in order": 18, "prompt tokens": 1800, "answer tokens": 180}
+    assert len(seen) == 18 and sorted(p.name for p in tmp_path.iterdir()) == [
+        "t.run", "t.run.answers-0.jsonl", "t.run.json"]
+
+
+def test_malformed_truncated_late_and_failing_answers(graded, serve, monkeypatch, tmp_path, capsys):
+    """Failures are tried again until the answer comes; answers out of form are repaired and counted by kind."""
+    faults = {0: 500, 1: 429, 2: "late", 3: "short", 4: "nonsense", 5: "hang up", 6: 503, 7: 502}
+
+    def handle(handler, number, body):
+        fault = faults.get(number)
+        if isinstance(fault, int):
+            return reply(handler, fault, b"busy", [("Retry-After", "0")] if fault == 429 else ())
+        if fault == "late":
+            time.sleep(1.5)
+        if fault == "short":
+            return reply(handler, 200, b'{"choices": [{"mess', length=500)
+        if fault == "nonsense":
+            return reply(handler, 200, b"<html>a proxy speaks</html>")
+        if fault == "hang up":
+            return handler.connection.close()
+        qid, docids = judged(body)
+        if qid == "q3":
+            return completion(handler, "[2] > [2] > [77", "length")
+        if qid == "q1":
+            return completion(handler, f"Sure! {perfect(body)}")
+        completion(handler, perfect(body))
+
+    url, seen = serve(handle)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--timeout", 0.5, "--retries", 9, "--concurrency", 3) == 0
+    want = expected(graded)
+    first = list(read_run(graded / "first.run")["q3"])
+    want["q3"] = {d: 100.0 - r for r, d in enumerate([first[1], first[0], *first[2:]])}
+    assert read_run(tmp_path / "t.run") == want
+    counts = json.loads((tmp_path / "t.run.json").read_text())["counts"]
+    assert (counts["answers"], counts["in order"], counts["malformed"]) == (18, 11, 7)
+    assert [counts[k] for k in ("repeated", "out of range", "missing", "cut off")] == [1, 1, 1, 1]
+    assert len(seen) == 18 + 8 and "7 malformed" in capsys.readouterr().err
+
+
+def test_interrupted_listwise_asks_nothing_twice(graded, serve, monkeypatch, tmp_path, capsys):
+    refuse = {"from": 8}
+
+    def handle(handler, number, body):
+        if refuse["from"] <= number < refuse["from"] + 50:
+            return reply(handler, 400, b"no money left")
+        time.sleep(0.01)
+        completion(handler, perfect(body))
+
+    url, seen = serve(handle)
+    asked = []
+    for _ in range(2):
+        assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 2) == 2
+        assert "HTTP 400: no money left" in capsys.readouterr().err and not (tmp_path / "t.run").exists()
+        partial = tmp_path / "t.run.partial-0"
+        finished = read_run(partial) if partial.stat().st_size else {}
+        assert all(finished[q] == expected(graded)[q] for q in finished)
+        asked += [b for n, (*_, b) in enumerate(seen) if n < refuse["from"]][len(asked):]
+        del seen[len(asked):]  # what was refused was not answered
+        refuse["from"] += 6
+    assert len(finished) >= 1
+    refuse["from"] = 10**6
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 2) == 0
+    assert read_run(tmp_path / "t.run") == expected(graded)
+    assert max(Counter(b for *_, b in seen).values()) == 1 and len(seen) == 18
+    assert json.loads((tmp_path / "t.run.json").read_text())["counts"]["answers"] == 18
+    (tmp_path / "t.run").unlink()  # the answers alone make the run again
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run") == 0 and len(seen) == 18
+    assert read_run(tmp_path / "t.run") == expected(graded)
+    (tmp_path / "t.run").unlink()
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--prompt", "rankgpt") == 2
+    assert "other flags" in capsys.readouterr().err and len(seen) == 18
+
+
+def test_killed_listwise_goes_on(graded, serve, monkeypatch, tmp_path):
+    def handle(handler, number, body):
+        time.sleep(0.15)
+        completion(handler, perfect(body))
+
+    url, seen = serve(handle)
+    arguments = (graded, url, tmp_path / "t.run", "--concurrency", 1)
+    process = multiprocessing.get_context("fork").Process(target=llm, args=(monkeypatch, *arguments))
+    process.start()
+    while len(seen) < 9 and process.is_alive():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    answered = [json.loads(line) for line in (tmp_path / "t.run.answers-0.jsonl").read_text().splitlines()[1:]]
+    assert len(answered) == 8 and read_run(tmp_path / "t.run.partial-0").keys() == {"q0"}
+    with open(tmp_path / "t.run.answers-0.jsonl", "a") as file:
+        file.write('{"qid": "q1", "te')  # as a power cut leaves it
+    assert llm(monkeypatch, *arguments) == 0
+    assert read_run(tmp_path / "t.run") == expected(graded)
+    again = Counter(b for *_, b in seen)
+    assert len(again) == 18 and sum(n - 1 for n in again.values()) <= 1  # the one that was under way
+    (tmp_path / "t.run").unlink()
+    assert llm(monkeypatch, *arguments) == 0 and sum(again.values()) == len(seen)
+    assert read_run(tmp_path / "t.run") == expected(graded)
+
+
+def test_answers_under_way_are_kept_when_one_fails(graded, serve, monkeypatch, tmp_path):
+    def handle(handler, number, body):
+        if judged(body)[0] == "q1":
+            return reply(handler, 403, b"no")
+        time.sleep(0.3)
+        completion(handler, perfect(body))
+
+    url, _ = serve(handle)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 3) == 2
+    answered = [json.loads(line) for line in (tmp_path / "t.run.answers-0.jsonl").read_text().splitlines()[1:]]
+    assert sorted(row["qid"] for row in answered) == ["q0", "q2"]
+
+
+def test_the_key_is_sent_and_never_shown(graded, serve, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    answer = lambda handler, number, body: completion(handler, perfect(body))  # noqa: E731
+    url, seen = serve(answer)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run") == 0
+    assert {h["Authorization"] for _, h, _ in seen} == {"Bearer sk-very-secret"}
+    refusing, _ = serve(lambda handler, number, body: reply(handler, 401, b"wrong key: sk-very-secret"))
+    assert llm(monkeypatch, graded, refusing, tmp_path / "u.run") == 2
+    away, there = serve(lambda handler, number, body: reply(handler, 302, b"", [("Location", f"{url}/elsewhere")]))
+    before = len(seen)
+    assert llm(monkeypatch, graded, away, tmp_path / "v.run") == 2 and len(seen) == before and len(there) >= 1
+    shown = capsys.readouterr()
+    assert "HTTP 401: wrong key: ***" in shown.err and "HTTP 302" in shown.err
+    written = "".join(p.read_text() for p in tmp_path.iterdir())
+    assert "secret" not in shown.err + shown.out + written
+
+
+def test_no_server(graded, monkeypatch, tmp_path, capsys):
+    assert llm(monkeypatch, graded, "http://127.0.0.1:9", tmp_path / "t.run", "--retries", 2) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: http://127.0.0.1:9/v1/chat/completions: no answer in 3 tries")
+
+
+def test_documents_that_the_dataset_lacks(graded, serve, monkeypatch, tmp_path, capsys):
+    """An ir_datasets corpus only tells when it is read: the query is named, or the rest is ranked and counted."""
+    url, seen = serve(lambda handler, number, body: completion(handler, perfect(body)))
+    whole, lost = rerank.Texts.documents, list(read_run(graded / "first.run")["q3"])[2]
+    monkeypatch.setattr(rerank.Texts, "documents",
+                        lambda self, ids: {d: t for d, t in whole(self, ids).items() if d != lost})
+    small_llm(tmp_path / "llm")
+    for command in (lambda out, *more: llm(monkeypatch, graded, url, out, *more),
+                    lambda out, *more: pointwise(monkeypatch, graded, tmp_path / "llm", out, *more)):
+        assert command(tmp_path / "t.run") == 2
+        assert re.search(f"query 'q\\d': document '{lost}' is not in", capsys.readouterr().err)
+        assert command(tmp_path / "u.run", "--skip-missing") == 0
+        capsys.readouterr()
+        first, got = read_run(graded / "first.run"), read_run(tmp_path / "u.run")
+        assert {q: ranked.keys() for q, ranked in got.items()} == {q: r.keys() - {lost} for q, r in first.items()}
+        counts = json.loads((tmp_path / "u.run.json").read_text())["counts"]
+        assert counts["documents missing"] >= 1
+        (tmp_path / "u.run").unlink()
+
+
+def test_depth_and_bad_windows(graded, serve, monkeypatch, tmp_path, capsys):
+    url, seen = serve(lambda handler, number, body: completion(handler, perfect(body)))
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--depth", 15) == 0
+    assert read_run(tmp_path / "t.run") == expected(graded, depth=15)
+    for flags in (["--stride", 11], ["--window", 1, "--stride", 1], ["--stride", 0]):
+        assert llm(monkeypatch, graded, url, tmp_path / "u.run", *flags) == 2
+        assert "stride <= window" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- language models
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ROLELESS = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+            "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>")
+
+
+def small_tokenizer(template=CHATML, context=4096):
+    """Byte-level BPE made on the spot; yes, no, true and false and the identifiers are single tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "</s>"]
+    words = [*["yes", "no", "true", "false"] * 50, "text query passages relevance ranking more and " * 9]
+    backend.train_from_iterator(words, trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>",
+                                   model_max_length=context, chat_template=template)
+    fast.add_tokens([f"[{i}]" for i in range(1, 7)])
+    return fast
+
+
+def small_llm(folder, template=CHATML, context=4096, absolute=False):
+    """A Llama of two layers whose greedy answers are full of identifiers; or a GPT-2, with absolute positions."""
+    torch.manual_seed(0)
+    fast = small_tokenizer(template, context)
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(fast), n_embd=48, n_layer=2, n_head=4, n_positions=context, initializer_range=0.4,
+        tie_word_embeddings=False)) if absolute else LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(fast), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.4, eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id, bos_token_id=None))
+    with torch.no_grad():
+        model.lm_head.weight[fast.convert_tokens_to_ids([f"[{i}]" for i in range(1, 7)])] *= 3
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return model.eval(), fast
+
+
+def local(monkeypatch, graded, folder, out, *more):
+    return run(monkeypatch, teacher, "listwise", "--model", folder, "--dataset", graded / "corpus", "--run",
+               graded / "first.run", "--window", 6, "--stride", 3, "--depth", 12, "--device", "cpu", "--out", out,
+               *more)
+
+
+@pytest.mark.parametrize("template", [CHATML, ROLELESS])
+def test_small_llm_end_to_end(graded, monkeypatch, tmp_path, template):
+    """The run is that of asking window by window, unbatched, with the template written out by hand."""
+    model, fast = small_llm(tmp_path / "llm", template)
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run", "--batch-size", 3) == 0
+    texts, moved, most = rerank.Texts(str(graded / "corpus")), 0, len(fast.encode("[1] > [2] > [3] > [4] > [5] > [6]"))
+    got = read_run(tmp_path / "t.run")
+    for qid, ranked in read_run(graded / "first.run").items():
+        items = list(ranked)[:12]
+        for low, high in {12: [(6, 12), (3, 9), (0, 6)], 6: [(0, 6)], 1: []}[len(items)]:
+            found = texts.documents(items)
+            system, user = (m["content"] for m in teacher.rankzephyr(
+                texts.all_queries[qid], [" ".join(found[d].split()) for d in items[low:high]]))
+            prompt = (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+                      "<|im_start|>assistant\n") if template == CHATML else (
+                          f"<|im_start|>{system}\n\n{user}<|im_end|><|im_start|>")
+            ids = fast(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            answer, cache = [], None
+            for _ in range(most + 8):
+                with torch.no_grad():
+                    out = model(ids, past_key_values=cache, use_cache=True)
+                ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+                if ids.item() == fast.eos_token_id:
+                    break
+                answer.append(ids.item())
+            answer = fast.decode(answer, skip_special_tokens=True)
+            numbers = [int(x) for x in re.findall(r"\d+", answer)]
+            numbers = [n for n in dict.fromkeys(numbers) if 1 <= n <= high - low]
+            numbers += [n for n in range(1, high - low + 1) if n not in numbers]
+            moved += numbers != sorted(numbers)
+            items[low:high] = [items[low + n - 1] for n in numbers]
+        assert got[qid] == {d: 12.0 - r for r, d in enumerate(items)}
+    counts = json.loads((tmp_path / "t.run.json").read_text())["counts"]
+    assert counts["answers"] == 10 and moved >= 5 and counts.get("missing", 0) > 0
+
+
+def test_interrupted_llm_goes_on(graded, monkeypatch, tmp_path):
+    small_llm(tmp_path / "llm")
+    whole, batches = teacher.LocalModel.finished, []
+
+    def stop_after(limit):
+        def finished(self):
+            if len(batches) == limit:
+                raise KeyboardInterrupt
+            batches.append([qid for qid, *_ in self.waiting])
+            return whole(self)
+        monkeypatch.setattr(teacher.LocalModel, "finished", finished)
+
+    stop_after(3)
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run", "--batch-size", 2) == 130
+    stop_after(100)
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run", "--batch-size", 2) == 0
+    assert Counter(itertools.chain(*batches)) == {"q0": 3, "q1": 3, "q2": 3, "q3": 1}
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "u.run", "--batch-size", 2) == 0
+    assert (tmp_path / "t.run").read_bytes() == (tmp_path / "u.run").read_bytes()
+
+
+def test_passages_are_shortened_to_the_context(graded, monkeypatch, tmp_path, capsys):
+    small_llm(tmp_path / "llm", context=600)
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run") == 0
+    assert "passages shortened" in capsys.readouterr().err
+    small_llm(tmp_path / "smaller", context=300)
+    assert local(monkeypatch, graded, tmp_path / "smaller", tmp_path / "u.run") == 2
+    assert "lower --window" in capsys.readouterr().err
+    fast = small_tokenizer(None)
+    fast.save_pretrained(tmp_path / "llm")
+    (tmp_path / "llm" / "chat_template.jinja").unlink(missing_ok=True)
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "v.run") == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def pointwise(monkeypatch, graded, folder, out, *more):
+    return run(monkeypatch, teacher, "pointwise", "--model", folder, "--dataset", graded / "corpus", "--run",
+               graded / "first.run", "--device", "cpu", "--out", out, *more)
+
+
+@pytest.mark.parametrize("template", ["qwen3", "chat", "monot5"])
+def test_pointwise_causal(graded, monkeypatch, tmp_path, template):
+    model, fast = small_llm(tmp_path / "llm", absolute=template == "monot5")
+    more = ["--max-tokens", 700] + ["--template", template] * (template != "chat")  # chat: what ChatML without think is
+    assert pointwise(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run", *more) == 0
+    texts, got = rerank.Texts(str(graded / "corpus")), read_run(tmp_path / "t.run")
+    for qid, ranked in read_run(graded / "first.run").items():
+        for docid in list(ranked)[:8]:
+            query, document = texts.all_queries[qid], texts.documents([docid])[docid]
+            system = ("Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+                      'Note that the answer can only be "yes" or "no".')
+            user = ("<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n"
+                    f"<Query>: {query}\n<Document>: {document}")
+            prompt = (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+                      "<|im_start|>assistant\n")
+            if template == "qwen3":
+                prompt += "<think>\n\n</think>\n\n"
+            words = ("yes", "no")
+            if template == "monot5":
+                prompt, words = f"Query: {query} Document: {document} Relevant:", ("true", "false")
+            with torch.no_grad():
+                logits = model(fast(prompt, return_tensors="pt")["input_ids"]).logits[0, -1]
+            yes, no = (logits[fast.convert_tokens_to_ids(w)] for w in words)
+            assert abs(got[qid][docid] - float(yes - no)) < 1e-4
+    assert {len(v) for v in got.values()} == {40, 33, 25, 6, 1}
+
+
+def test_pointwise_seq2seq(graded, monkeypatch, tmp_path, capsys):
+    torch.manual_seed(0)
+    texts, first = rerank.Texts(str(graded / "corpus")), read_run(graded / "first.run")
+    fast, prompts, cut = small_tokenizer(None), {}, set()
+    for qid, ranked in first.items():
+        for docid in ranked:
+            ids = fast(texts.documents([docid])[docid])["input_ids"]
+            cut.update([docid] * (len(ids) > 12))
+            prompts[qid, docid] = f"Query: {texts.all_queries[qid]} Document: {fast.decode(ids[:12])} Relevant:"
+    fast.model_max_length = max(len(fast(prompt)["input_ids"]) for prompt in prompts.values())
+    model = T5ForConditionalGeneration(T5Config(
+        vocab_size=len(fast), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, initializer_factor=3.0,
+        decoder_start_token_id=fast.pad_token_id, pad_token_id=fast.pad_token_id)).eval()
+    model.save_pretrained(tmp_path / "t5")
+    fast.save_pretrained(tmp_path / "t5")
+    assert pointwise(monkeypatch, graded, tmp_path / "t5", tmp_path / "t.run", "--doc-length", 12) == 0
+    got, start = read_run(tmp_path / "t.run"), torch.tensor([[fast.pad_token_id]])
+    assert [list(sorted(v)) for v in got.values()] == [list(sorted(v)) for v in first.values()]
+    for (qid, docid), prompt in prompts.items():
+        with torch.no_grad():
+            logits = model(**fast(prompt, return_tensors="pt"), decoder_input_ids=start).logits[0, 0]
+        want = float(logits[fast.convert_tokens_to_ids("true")] - logits[fast.convert_tokens_to_ids("false")])
+        assert abs(got[qid][docid] - want) < 1e-4
+    assert cut and f"{len(cut)} documents cut" in capsys.readouterr().err
+    assert pointwise(monkeypatch, graded, tmp_path / "t5", tmp_path / "u.run", "--answers", "relevant", "no") == 2
+    assert "'relevant' is" in capsys.readouterr().err
+    assert pointwise(monkeypatch, graded, tmp_path / "t5", tmp_path / "u.run", "--doc-length", 60) == 2
+    assert "lower --doc-length" in capsys.readouterr().err
+    assert local(monkeypatch, graded, tmp_path / "t5", tmp_path / "u.run") == 2
+    assert "listwise needs a causal one" in capsys.readouterr().err
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    model.save_pretrained(tmp_path / "t5")
+    assert pointwise(monkeypatch, graded, tmp_path / "t5", tmp_path / "v.run", "--doc-length", 12) == 2
+    assert "scores not finite, first of queries ['q0'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_write_the_same_files(place, graded, serve, monkeypatch, tmp_path):
+    """torchrun's environment for two forked processes over gloo: byte for byte what one process writes."""
+    monkeypatch.setattr(rerank.blocks_of, "__defaults__", (60,))
+    url, seen = serve(lambda handler, number, body: completion(handler, perfect(body)))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+
+    def both(name):
+        return [lambda: ensemble(monkeypatch, place, tmp_path / f"{name}.run", "--run", place / "first.run", members=2),
+                lambda: llm(monkeypatch, graded, url, tmp_path / f"{name}-llm.run")]
+
+    def process(rank):
+        torch.set_num_threads(1)
+        values = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update({key: str(value) for key, value in values.items()})
+        os._exit(max(command() for command in both("two")))
+
+    processes = [multiprocessing.get_context("fork").Process(target=process, args=(rank,)) for rank in range(2)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(60)
+        p.kill()  # one that waits for the other for ever
+    assert [p.exitcode for p in processes] == [0, 0] and len(seen) == 18
+    assert [command() for command in both("one")] == [0, 0]
+    for suffix in (".run", "-llm.run"):
+        assert (tmp_path / f"two{suffix}").read_bytes() == (tmp_path / f"one{suffix}").read_bytes()
+    assert json.loads((tmp_path / "two-llm.run.json").read_text())["counts"]["answers"] == 18

@@ -1,0 +1,534 @@
+"""train.py: the sampler, the exact step, the schedule, resumption to the byte, several processes, the command."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+
+import rerank
+import train
+from evaluate import BadInput
+from kernels import losses
+from kernels.encoder import CrossEncoder, micro_batches
+
+ROOT = Path(train.__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    rerank.CACHE = train.CACHE = folder / "cache" / "cross-encoder-study"
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    toy.corpus(folder / "corpus")
+    toy.model(folder / "model", dropout=0.1)
+    texts = rerank.Texts(str(folder / "corpus"))
+    run = rerank.bm25(texts, texts.all_queries, 12)
+    rng = np.random.default_rng(0)
+    rerank.write_run(folder / "teacher.run", {
+        q: dict(zip(list(ranked)[: 6 + 3 * i % 9], rng.standard_normal(12).round(1).tolist(), strict=False))
+        for i, (q, ranked) in enumerate(run.items())})  # 6, 9 or 12 documents, with ties
+    with open(folder / "triples.tsv", "w") as file:
+        file.writelines(f"q{i % 20}\td{i % 20}\td{(i * 7 + 21) % 60}\n" for i in range(50))
+    with open(folder / "scored.tsv", "w") as file:
+        file.writelines(f"{i * 0.25}\t{-i}\tq{i % 20}\td{i % 20}\td{(i * 7 + 21) % 60}\n" for i in range(50))
+    return folder
+
+
+def arguments(place, **changes):
+    flags = {"backbone": place / "model", "dataset": place / "corpus", "steps": 6, "batch-size": 4, "lr": 1e-3,
+             "out": place / "out", "dtype": "float32", "device": "cpu", **changes}
+    return train.parse([w for k, v in flags.items() if v is not None
+                        for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])])
+
+
+# -------------------------------------------------------------------------------------------------- the sampler
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 1000, 4097])
+def test_permuted_is_a_permutation_drawn_by_the_seed(n):
+    index = np.arange(n)
+    got = train.permuted(index, n, 7)
+    assert sorted(got) == list(range(n))
+    assert np.array_equal(got, np.concatenate([train.permuted(index[i : i + 1], n, 7) for i in range(n)]))
+    if n >= 64:
+        assert not np.array_equal(got, train.permuted(index, n, 8))
+        assert np.mean(np.abs(np.diff(got)) == 1) < 0.2  # neighbours do not stay together
+
+
+def test_permuted_is_uniform_in_the_first_place():
+    first = np.array([train.permuted(np.zeros(1, np.int64), 8, seed)[0] for seed in range(4000)])
+    counts = np.bincount(first, minlength=8)
+    assert ((counts - 500) ** 2 / 500).sum() < 30  # chi-square, 7 degrees: P < 0.0001
+
+
+def test_triples_lines(place):
+    source = train.Triples(place / "triples.tsv", "bce")
+    assert len(source) == 50
+    assert source.item(49, None) == ("q9", ["d9", "d4"], [1.0, 0.0])
+    scored = train.Triples(place / "scored.tsv", "marginmse")
+    assert scored.item(3, None) == ("q3", ["d3", "d42"], [0.75, -3.0])
+    assert train.Triples(place / "scored.tsv", "hinge").item(3, None)[2] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("content, where, what", [
+    (b"q1\td1\td2\nq1\td1\n", ":2", "2 tab-separated columns, 3"),
+    (b"q1\td1\n", ":1", "2 tab-separated columns"),
+    (b"", "", "empty"),
+    (b"\x1f\x8bxxxx\n", "", "gzip"),
+])
+def test_broken_triples(tmp_path, place, content, where, what):
+    file = tmp_path / "t.tsv"
+    file.write_bytes(content)
+    with pytest.raises(BadInput, match=re.escape(f"t.tsv{where}") + f".*{what}"):
+        train.Triples(file, "bce")
+
+
+def test_triples_with_a_score_that_is_no_number(tmp_path, place):
+    file = tmp_path / "t.tsv"
+    file.write_text("1.0\t2.0\tq1\td1\td2\n1.0\tnan\tq1\td1\td2")  # and no newline at the end
+    source = train.Triples(file, "marginmse")
+    assert len(source) == 2 and source.item(0, None)[2] == [1.0, 2.0]
+    with pytest.raises(BadInput, match=r"t.tsv:2"):
+        source.item(1, None)
+
+
+def test_a_last_line_without_a_newline_at_the_end_of_a_chunk_is_read(tmp_path, place):
+    """The file is exactly one chunk of the indexer, 16 MiB, and does not end in a newline."""
+    line = b"q1\td1\td2\n"
+    body = line * ((1 << 24) // len(line))
+    (tmp_path / "t.tsv").write_bytes(body[: (1 << 24) - 20].rpartition(b"\n")[0] + b"\n" + b"q2\td1\t")
+    short = (1 << 24) - (tmp_path / "t.tsv").stat().st_size
+    with open(tmp_path / "t.tsv", "ab") as file:
+        file.write(b"d" * short)
+    source = train.Triples(tmp_path / "t.tsv", "bce")
+    assert source.item(len(source) - 1, None)[0] == "q2" and source.item(0, None)[0] == "q1"
+
+
+def test_three_columns_have_no_teacher(place):
+    with pytest.raises(BadInput, match="three columns"):
+        train.Triples(place / "triples.tsv", "marginmse")
+
+
+def lists(place, loss="infonce", size=5, **how):
+    texts = rerank.Texts(str(place / "corpus"), split="train")
+    run = rerank.candidates(texts, place / "teacher.run", None, 100)
+    return train.Lists(run, texts, loss, size, **how), run.nested(), texts
+
+
+def test_label_lists_hold_one_relevant_and_unjudged_others(place):
+    source, run, texts = lists(place)
+    for i in range(len(source)):
+        qid, docids, targets = source.item(i, i)
+        assert targets == [1.0, 0.0, 0.0, 0.0, 0.0] and len(set(docids)) == 5
+        assert texts.qrels[qid].get(docids[0], 0) > 0
+        assert all(d in run[qid] and texts.qrels[qid].get(d, 0) == 0 for d in docids[1:])
+        assert source.item(i, i) == (qid, docids, targets)
+    assert source.item(0, 5)[1] != source.item(0, 6)[1]
+
+
+def test_teacher_lists_hold_the_runs_scores(place):
+    source, run, texts = lists(place, "ranknet", 50)
+    assert len(source) == len(run) == 20
+    qid, docids, targets = source.item(0, 0)
+    assert dict(zip(docids, targets, strict=True)) == pytest.approx(run[qid])
+    few, _, _ = lists(place, "kl", 3)
+    drawn = [few.item(0, s)[1] for s in range(30)]
+    assert {len(d) for d in drawn} == {3} and set().union(*drawn) == set(run[qid])
+
+
+def test_marginmse_lists_start_with_the_relevant_document(place):
+    source, run, texts = lists(place, "marginmse", 4)
+    for i in range(len(source)):
+        qid, docids, targets = source.item(i, i)
+        relevant = [d for d in docids if texts.qrels.get(qid, {}).get(d, 0) > 0]
+        assert docids[0] == relevant[0] if relevant else targets[0] == max(targets)
+        assert targets == pytest.approx([run[qid][d] for d in docids])
+
+
+def test_shared_lists_are_the_same_for_every_loss(place):
+    drawn = {}
+    for loss in losses.LOSSES:
+        source, run, texts = lists(place, loss, 4, shared=True)
+        items = [source.item(i, i) for i in range(len(source))]
+        drawn[loss] = [(qid, docids) for qid, docids, _ in items]
+        if loss in train.FROM_TEACHER:
+            assert all(t == pytest.approx([run[q][d] for d in ds]) for q, ds, t in items)
+        else:
+            assert all(t == [1.0, 0.0, 0.0, 0.0] for _, _, t in items)
+    assert all(d == drawn["bce"] for d in drawn.values())
+
+
+def test_max_teacher_margin_leaves_out_likely_false_negatives(place):
+    source, run, texts = lists(place, max_margin=0.5)
+    for i in range(len(source)):
+        qid, docids, _ = source.item(i, 0)
+        (relevant,) = texts.qrels[qid]
+        if relevant in run[qid]:
+            assert all(run[qid][d] <= run[qid][relevant] - 0.5 + 1e-6 for d in docids[1:])
+
+
+def test_random_negatives_are_never_the_relevant_one(place):
+    everywhere, run, texts = lists(place, random_share=1.0)
+    nowhere, _, _ = lists(place, random_share=0.0)
+    outside = 0
+    for i in range(len(everywhere)):
+        for seed in range(20):
+            qid, docids, _ = everywhere.item(i, seed)
+            assert len(set(docids)) == 5 and not set(texts.qrels[qid]) & set(docids[1:])
+            outside += sum(d not in run[qid] for d in docids[1:])
+            assert all(d in run[qid] for d in nowhere.item(i, seed)[1][1:])
+    assert outside > 500
+
+
+def batches(place, rank=0, world=1, **changes):
+    args = arguments(place, **changes)
+    texts = rerank.Texts(str(place / "corpus"), split="train")
+    model = CrossEncoder.from_pretrained(place / "model", dtype="float32", device="cpu")
+    return train.Batches(train.open_source(args, texts), texts, model.tokenize, args, rank, world), model, args
+
+
+def test_batch_k_is_a_pure_function_of_seed_and_k(place):
+    made, _, _ = batches(place)
+    again, _, _ = batches(place)
+    later = [again.ids(k) for k in (9, 3, 5)]
+    assert [made.ids(k) for k in (3, 5, 9)] == [later[1], later[2], later[0]]
+    assert made.ids(0) != batches(place, seed=2)[0].ids(0)
+    seen = [row for k in range(4) for row, *_ in made.ids(k)]  # 16 queries, 4 a step: one pass
+    assert sorted(seen) == list(range(16))
+    assert [row for k in range(4, 8) for row, *_ in made.ids(k)] != seen  # another order in the next pass
+
+
+def test_ranks_share_a_batch(place):
+    whole = batches(place)[0][2]
+    parts = [batches(place, rank, 3)[0][2] for rank in range(3)]
+    assert sorted(torch.cat([p["own"] for p in parts]).tolist()) == whole["own"].tolist()
+    for part in parts:
+        assert part["qids"] == whole["qids"] and torch.equal(part["targets"], whole["targets"])
+        for where, q, d in zip(part["own"].tolist(), part["queries"], part["documents"], strict=True):
+            i = whole["own"].tolist().index(where)
+            assert np.array_equal(q, whole["queries"][i]) and np.array_equal(d, whole["documents"][i])
+
+
+# --------------------------------------------------------------------------------------------------- the step
+
+
+def gradients(place, loss, max_tokens=None, keep=None, dtype="float32", dropout=True, k=1):
+    made, model, args = batches(place, loss=loss, lists=place / "teacher.run",
+                                **{"max-tokens": max_tokens, "list-size": 12, "dtype": dtype})
+    model.train(dropout)
+    step = train.Step(model, loss, None, args, 0, 1)
+    step.keep = keep if keep is not None else step.keep
+    value = step.gradients(k, made[k])
+    return value.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, made[k], model
+
+
+@pytest.mark.parametrize("loss", sorted(losses.LOSSES))
+def test_two_passes_equal_one(place, loss):
+    """The same micro-batches, graphs kept or not: dropout on, ragged lists, every loss."""
+    one = gradients(place, loss, 100, keep=10**9)
+    two = gradients(place, loss, 100, keep=0)
+    assert len(set(one[2]["lengths"].tolist())) > 1 and len(micro_batches([9] * len(one[2]["own"]), 100)) > 2
+    assert one[0] == two[0] and math.isfinite(one[0]) and one[0] > 0
+    scale = max(g.abs().max() for g in one[1].values())  # the bias of the head has gradient 0 but for rounding
+    for name, g in one[1].items():
+        assert (two[1][name] - g).abs().max() <= 1e-6 * scale, name
+
+
+def test_two_passes_under_bf16(place):
+    one = gradients(place, "infonce", 100, keep=10**9, dtype="bfloat16")
+    two = gradients(place, "infonce", 100, keep=0, dtype="bfloat16")
+    for name, g in one[1].items():
+        assert (two[1][name] - g).norm() <= 2**-7 * g.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("loss", ["infonce", "ranknet"])
+def test_the_step_is_the_gradient_of_the_loss_on_whole_lists(place, loss):
+    """Against one padded forward of Hugging Face's own model and autograd through the loss."""
+    value, got, batch, model = gradients(place, loss, 60, keep=0, dropout=False)
+    names = dict(model.named_parameters())
+    model.zero_grad()
+    rows, width = batch["targets"].shape
+    scores = torch.zeros(rows * width)
+    pairs = [[2, *q.tolist(), 3, *d.tolist(), 3] for q, d in zip(batch["queries"], batch["documents"], strict=True)]
+    types = [[0] * (len(q) + 2) + [1] * (len(d) + 1) for q, d in zip(batch["queries"], batch["documents"], strict=True)]
+    pad = max(map(len, pairs))
+    ids = torch.tensor([p + [0] * (pad - len(p)) for p in pairs])
+    mask = torch.tensor([[1] * len(p) + [0] * (pad - len(p)) for p in pairs])
+    kinds = torch.tensor([t + [0] * (pad - len(t)) for t in types])
+    logits = model.model(input_ids=ids, attention_mask=mask, token_type_ids=kinds).logits[:, 0]
+    expected = losses.LOSSES[loss](scores.index_put((batch["own"],), logits).view(rows, width), batch["targets"],
+                                   batch["lengths"])
+    expected.backward()
+    assert abs(value - expected.item()) < 1e-5
+    for name, g in got.items():
+        assert (names[name].grad - g).abs().max() < 1e-5, name
+
+
+def test_out_of_memory_halves_the_budget_and_repeats_the_step(place, monkeypatch, capsys):
+    """A forward pass that fails above 70 tokens, as a full card would: the step ends with the parameters of a step
+    that had the halved budget from the start."""
+    results = []
+    for start, room in ((100, 70), (50, 10**9)):
+        made, model, args = batches(place, **{"max-tokens": start})
+        step = train.Step(model, "infonce", torch.optim.AdamW(model.parameters()), args, 0, 1)
+        forward = CrossEncoder.forward
+
+        def limited(self, packed, room=room, forward=forward):
+            if sum(packed.lengths) > room:
+                raise torch.OutOfMemoryError("full")
+            return forward(self, packed)
+
+        monkeypatch.setattr(CrossEncoder, "forward", limited)
+        model.train()
+        results.append((step(0, made[0]), [p.clone() for p in model.parameters()]))
+        monkeypatch.setattr(CrossEncoder, "forward", forward)
+    assert "micro-batches of 50 tokens" in capsys.readouterr().err
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_worker_processes_make_the_same_batches(place):
+    made, _, _ = batches(place)
+    for k, batch in zip(range(2, 8), made.loader(2, 8, 2), strict=True):
+        own = made[k]
+        assert batch["qids"] == own["qids"] and torch.equal(batch["targets"], own["targets"])
+        assert all(np.array_equal(a, b) for a, b in zip(batch["documents"], own["documents"], strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(batch["queries"], own["queries"], strict=True))
+
+
+def test_learning_rate_rises_and_falls_linearly(place):
+    made, model, args = batches(place, steps=10, warmup=4, lr=2.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    step, rates = train.Step(model, "infonce", optimizer, args, 0, 1), []
+    step.gradients = lambda k, batch: torch.zeros(())
+    for k in range(10):
+        step(k, made[0])
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 5 / 3, 4 / 3, 1.0, 2 / 3, 1 / 3])
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_queries(place):
+    made, model, args = batches(place)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    step = train.Step(model, "infonce", torch.optim.AdamW(model.parameters()), args, 0, 1)
+    model.model.classifier.bias.data.fill_(math.inf)
+    with pytest.raises(BadInput) as e:
+        step(0, made[0])
+    assert all(q in str(e.value) for q in made[0]["qids"]) and "step 0" in str(e.value)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n != "model.classifier.bias")
+
+
+# ----------------------------------------------------------------------------------------------- whole runs
+
+
+def command(place, **changes):
+    args = arguments(place, **changes)
+    return train.train(args, 0, 1), args
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_run_folder(place, capsys):
+    code, args = command(place, out=place / "full", steps=8, **{"eval-every": 3})
+    assert code == 0
+    made = json.loads((args.out / "args.json").read_text())
+    assert made["flags"]["seed"] == 1 and made["versions"]["torch"] == torch.__version__
+    log = [json.loads(line) for line in open(args.out / "log.jsonl")]
+    assert [r["step"] for r in log if "RR@10" in r] == [3, 6, 8]
+    assert {r["step"] for r in log if "loss" in r} == set(range(1, 9))
+    out = capsys.readouterr().out
+    assert re.search(r"\| BM25 +\|", out) and "nDCG@10" in out and "AP" in out
+    card = (args.out / "README.md").read_text()
+    assert card.startswith("---\n") and "BM25" in card
+    assert CrossEncoder.from_pretrained(args.out).doc_length == 32
+    with pytest.raises(BadInput, match="--resume"):
+        command(place, out=place / "full", steps=8, **{"eval-every": 3})
+    before = weights(args.out)
+    assert command(place, out=place / "full", steps=8, resume=True, **{"eval-every": 3})[0] == 0
+    assert weights(args.out) == before
+    with pytest.raises(BadInput, match=r"--lr 0.001 \(now 0.5\)"):
+        command(place, out=place / "full", steps=8, lr=0.5, resume=True, **{"eval-every": 3})
+
+
+def test_the_best_step_is_kept(place, monkeypatch):
+    scores = iter([0.2, 0.7, 0.4])
+    monkeypatch.setattr(train.Validation, "__call__", lambda *_: {"score": next(scores), "collapsed": False})
+    kept = []
+    monkeypatch.setattr(train, "save_model", lambda model, out: kept.append(1) or model.save_pretrained(out))
+    command(place, out=place / "best", steps=6, **{"eval-every": 2})
+    assert len(kept) == 2
+    assert json.loads((place / "best/log.jsonl").read_text().splitlines()[-1])["score"] == 0.4
+
+
+def test_collapse_is_reported(place, capsys):
+    made, model, args = batches(place)
+    model.model.classifier.weight.data.zero_()
+    validation = train.Validation([str(place / "corpus/dev")], "RR@10", 20, None, 0, 1)
+    assert validation(model)["collapsed"]
+    model.model.classifier.weight.data.fill_(0.3)
+    assert not validation(model)["collapsed"]
+
+
+def test_validation_is_the_measure_of_the_reranked_run(place):
+    from evaluate import evaluate, mean
+
+    _, model, _ = batches(place)
+    texts = rerank.Texts(str(place / "corpus/dev"))
+    run = rerank.score_run(model, texts, rerank.bm25(texts, texts.queries, 20))
+    expected = mean(evaluate(texts.qrels, run, ["nDCG@10"]))["nDCG@10"]
+    validation = train.Validation([str(place / "corpus/dev")], "nDCG@10", 20, None, 0, 1)
+    assert validation(model)["score"] == pytest.approx(expected, abs=1e-12)
+
+
+ZYGOTE = """
+import os, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import numpy as np, torch
+torch.set_num_threads(1)
+import train
+from rerank import guarded
+
+def child(out):
+    pid = os.fork()
+    if pid == 0:
+        sys.argv = ["train.py", *{argv!r}, "--out", out, "--resume"]
+        null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 1); os.dup2(null, 2)
+        os._exit(guarded(train.main))
+    return pid
+
+start = time.time()
+assert os.waitpid(child({whole!r}), 0)[1] == 0
+length, rng, kills, sure = time.time() - start, np.random.default_rng(3), 0, 0
+while True:
+    pid = child({broken!r})
+    if kills == {kills}:
+        assert os.waitpid(pid, 0)[1] == 0
+        break
+    limit = time.time() + rng.uniform(0.2, 0.55) * length
+    while time.time() < limit and os.waitpid(pid, os.WNOHANG)[0] == 0:
+        time.sleep(0.002)
+    else:
+        if time.time() < limit:  # it came to its end first: begin anew
+            import shutil
+            shutil.rmtree({broken!r})
+            sure += 1
+            assert sure < 20
+            continue
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    kills += 1
+print("kills", kills, "finished early", sure)
+"""
+
+
+def test_killed_at_any_instant_it_ends_with_the_same_bytes(place, tmp_path):
+    argv = ["--backbone", place / "model", "--dataset", place / "corpus", "--steps", "60", "--batch-size", "4", "--lr",
+            "1e-3", "--save-every", "2", "--eval-every", "15", "--device", "cpu"]
+    script = ZYGOTE.format(root=str(ROOT), tests=str(ROOT / "tests"), argv=[str(a) for a in argv], kills=30,
+                           whole=str(tmp_path / "whole"), broken=str(tmp_path / "broken"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kills 30" in done.stdout
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+    loads = [torch.load(tmp_path / n / "last/checkpoint.pt") for n in ("whole", "broken")]
+    assert loads[0]["step"] == loads[1]["step"] == 60 and loads[0]["history"] == loads[1]["history"]
+    for a, b in zip(loads[0]["model"].values(), loads[1]["model"].values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def spawn(place, *extra, runner=(), env=None, **how):
+    argv = [sys.executable, *runner, str(ROOT / "train.py"), "--backbone", place / "model", "--dataset",
+            place / "corpus", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu", *extra]
+    return subprocess.Popen([str(a) for a in argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **how)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave(place, tmp_path, number, code):
+    process = spawn(place, "--steps", 100000, "--eval-every", 100000, "--out", tmp_path / "run")
+    while process.poll() is None and not (tmp_path / "run/log.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code and "checkpoint written; --resume" in error
+    assert 0 < torch.load(tmp_path / "run/last/checkpoint.pt")["step"] < 100000
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(place, tmp_path):
+    assert command(place, out=tmp_path / "run", steps=4, **{"save-every": 1})[0] == 0
+    size = (tmp_path / "run/last/checkpoint.pt").stat().st_size
+
+    import resource
+
+    process = spawn(place, "--steps", 400, "--eval-every", 400, "--save-every", 2, "--out", tmp_path / "new",
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    assert "error: " in error and "cannot write" in error and "Traceback" not in error
+    assert not (tmp_path / "new/last/checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_train_the_same_model(place, tmp_path, world):
+    toy.model(tmp_path / "model", dropout=0.0)
+    extra = ["--backbone", tmp_path / "model", "--steps", 20, "--eval-every", 10, "--loss", "ranknet", "--lists",
+             place / "teacher.run", "--list-size", 9, "--batch-size", 5]
+    runner = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(29500 + world)]
+    single = spawn(place, *extra, "--out", tmp_path / "1")
+    several = spawn(place, *extra, "--out", tmp_path / "n", runner=runner)
+    for process in (single, several):
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error[-2000:]
+    a, b = (torch.load(tmp_path / n / "last/checkpoint.pt") for n in "1n")
+    for name in a["model"]:
+        # a key bias and, under a loss of differences, the bias of the head do not change the loss: their gradients are
+        # rounding, which Adam makes steps of
+        if not name.endswith(("key.bias", "classifier.bias")):
+            assert (a["model"][name] - b["model"][name]).abs().max() < 1e-5, name
+    assert a["history"] == b["history"]
+
+
+def test_a_rank_that_dies_ends_all(place, tmp_path):
+    runner = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+    process = spawn(place, "--steps", 100000, "--eval-every", 100000, "--out", tmp_path / "run", runner=runner)
+    while process.poll() is None and not (tmp_path / "run/log.jsonl").exists():
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+
+
+def test_dry_run_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--backbone", "modernbert", "--loss", "infonce", "--dry-run"])
+    assert rerank.guarded(train.main) == 0
+    out = capsys.readouterr().out
+    assert "200,000" in out and "4 lists of 8 documents" in out and "5,000" in out and "1e-05" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, word", [
+    ({"loss": "ranknet"}, "teacher"), ({"dataset": "no/such"}, "no/such"), ({"backbone": "no/such"}, "no/such"),
+    ({"steps": 0}, "--steps"), ({"lists": "nowhere.run"}, "nowhere.run"),
+])
+def test_bad_input(place, tmp_path, capsys, monkeypatch, flags, word):
+    given = {"backbone": place / "model", "dataset": place / "corpus", "out": tmp_path / "out", **flags}
+    monkeypatch.setattr(sys, "argv", ["train.py", *[str(w) for k, v in given.items() for w in (f"--{k}", v)]])
+    assert rerank.guarded(train.main) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and word in error
+    assert not (tmp_path / "out").exists()

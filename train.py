@@ -1,0 +1,933 @@
+"""Train a cross-encoder re-ranker with any of seven objectives: the recipes of arXiv 2603.03010 are the defaults.
+
+    python train.py --backbone tiny --dataset pydocs                   a first run: minutes on a CPU, no network
+    python train.py --backbone modernbert --loss infonce               the paper's run: MS MARCO, 200,000 steps
+    python train.py --backbone DIR --loss ranknet --dataset my-corpus/ --lists teacher.run --steps 2000
+    torchrun --nproc_per_node 4 train.py ...                           same flags, same result
+    for b in bert electra deberta; do python train.py --backbone $b --loss marginmse --resume; done
+
+Batch k is a pure function of the seed and k, so resuming, sharding over ranks and cutting into micro-batches cannot
+change what is trained on. A step scores its lists in packed micro-batches, computes the loss once on the whole
+lists, and sends its gradient back through the micro-batches; where these do not fit in memory together they are
+scored twice, first without gradient. --dry-run prints the plan of any command and touches nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from evaluate import BadInput, evaluate, markdown_table, mean
+from kernels import losses
+from kernels.encoder import CrossEncoder, default_max_tokens, micro_batches, native_bf16
+from rerank import (
+    CACHE,
+    DocumentTokens,
+    Texts,
+    add_model_flags,
+    atomic_write,
+    candidates,
+    first_stage,
+    first_stage_name,
+    guarded,
+    join_processes,
+    line_of,
+    rank_0_first,
+    say,
+    score_run,
+)
+
+# name: (hub id, group, layers, hidden, feed-forward, heads, gated); shapes serve --dry-run alone
+BACKBONES = {
+    "minilm": ("microsoft/MiniLM-L12-H384-uncased", "mini", 12, 384, 1536, 12, False),
+    "bert": ("bert-base-uncased", "base", 12, 768, 3072, 12, False),
+    "roberta": ("FacebookAI/roberta-base", "base", 12, 768, 3072, 12, False),
+    "electra": ("google/electra-base-discriminator", "base", 12, 768, 3072, 12, False),
+    "deberta": ("microsoft/deberta-v3-base", "base", 12, 768, 3072, 12, False),
+    "ettin-17m": ("jhu-clsp/ettin-encoder-17m", "mini", 7, 256, 384, 4, True),
+    "ettin-32m": ("jhu-clsp/ettin-encoder-32m", "mini", 10, 384, 576, 6, True),
+    "ettin-68m": ("jhu-clsp/ettin-encoder-68m", "mini", 19, 512, 768, 8, True),
+    "ettin-150m": ("jhu-clsp/ettin-encoder-150m", "base", 22, 768, 1152, 12, True),
+    "modernbert": ("answerdotai/ModernBERT-base", "base", 22, 768, 1152, 12, True),
+    "modernbert-large": ("answerdotai/ModernBERT-large", "base", 28, 1024, 2624, 16, True),
+}
+# arXiv 2603.03010, sections 4 and 5 of its configuration: per backbone group, and per loss the data and the lists
+GROUPS = {"base": dict(documents=32, lr=1e-5), "mini": dict(documents=64, lr=7e-6)}
+PAPER_LISTS = {"bce": "docpairs", "hinge": "docpairs", "marginmse": "ensemble-t2", "infonce": "colbert",
+               "ranknet": "rankzephyr-50", "adrmse": "rankzephyr-50", "kl": "rankzephyr-50"}
+LIST_SIZE = {"bce": 2, "hinge": 2, "marginmse": 2, "infonce": 8, "ranknet": 50, "adrmse": 50, "kl": 50}
+FROM_TEACHER = ("marginmse", "ranknet", "adrmse", "kl")
+NANOBEIR = ("arguana", "climate-fever", "dbpedia-entity", "fever", "fiqa", "hotpotqa", "msmarco", "nfcorpus", "nq",
+            "quora", "scidocs", "scifact", "webis-touche2020")
+
+
+# ------------------------------------------------------------------------------------------- what is trained on
+
+
+def permuted(index: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Where a random permutation of 0..n-1 sends `index`, in constant memory: a Feistel network, walked into range.
+
+    index [k] int64 in [0, n) -> [k] int64; the permutation is a pure function of (n, seed).
+    """
+    half = max((int(n - 1).bit_length() + 1) // 2, 1)
+    keys = np.random.default_rng([seed, n]).integers(1, 2**63, 6, dtype=np.uint64)
+    value, outside = index.astype(np.uint64), np.ones(len(index), bool)
+    low = np.uint64((1 << half) - 1)
+    while outside.any():
+        x = value[outside]
+        left, right = x >> np.uint64(half), x & low
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        value[outside] = (left << np.uint64(half)) | right
+        outside = value >= n
+    return value.astype(np.int64)
+
+
+class Triples:
+    """A TSV of (query, positive, negative), one list of two documents per line, read by line from the disk.
+
+    Lines are `qid pos neg`, or Hofstätter's `pos_score neg_score qid pos_pid neg_pid`, whose scores are the teacher's.
+    The offsets of the lines are found once and kept in the cache; nothing of the file itself stays in memory.
+    """
+
+    def __init__(self, path: Path, loss: str) -> None:
+        self.path, self.loss = path, loss
+        if not path.is_file():
+            raise BadInput(f"{path}: not found")
+        stat = path.stat()
+        key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+        index = CACHE / f"lines-{key}.npy"
+        if not index.is_file():
+            self._index(index)
+        self.offsets = np.load(index, mmap_mode="r")
+        with open(path, "rb") as file:
+            self.columns = len(file.readline().split(b"\t"))
+        self.file = open(path, "rb")  # noqa: SIM115
+        if self.columns == 3 and loss in FROM_TEACHER:
+            raise BadInput(f"{path}:1: three columns, but --loss {loss} needs the teacher's scores: "
+                           "pos_score neg_score qid pos_pid neg_pid (teacher.py cross-encoder --triples makes them)")
+
+    def _index(self, index: Path) -> None:
+        """Offsets of the lines, int64, every line checked to have as many columns as the first: 3 or 5."""
+        size, offsets, base, columns, lines = self.path.stat().st_size, [np.zeros(1, np.int64)], 0, None, 0
+        with open(self.path, "rb") as file, tqdm(
+            total=size, desc=f"index {self.path.name}", unit="B", unit_scale=True, leave=False, disable=None
+        ) as bar:
+            rest = b""
+            while chunk := file.read(1 << 24):
+                data = rest + chunk
+                end = len(data) if file.tell() == size else data.rfind(b"\n") + 1
+                whole, rest = data[:end], data[end:]
+                if not whole:
+                    continue
+                if whole[-1:] != b"\n":
+                    whole += b"\n"
+                if lines == 0:
+                    if whole[:2] == b"\x1f\x8b":
+                        raise BadInput(f"{self.path}: gzip data; lines are read at random, so gunzip it first")
+                    columns = whole[: whole.index(b"\n")].count(b"\t") + 1
+                    if columns not in (3, 5):
+                        raise BadInput(f"{self.path}:1: {columns} tab-separated columns; expected qid pos neg, or "
+                                       "pos_score neg_score qid pos_pid neg_pid")
+                view = np.frombuffer(whole, np.uint8)
+                ends = np.flatnonzero(view == 10)
+                tabs = np.diff(np.searchsorted(np.flatnonzero(view == 9), ends), prepend=0)
+                wrong = np.flatnonzero(tabs != columns - 1)
+                if len(wrong):
+                    raise BadInput(f"{self.path}:{lines + wrong[0] + 1}: {tabs[wrong[0]] + 1} tab-separated columns, "
+                                   f"{columns} in the lines before; mend or remove the line")
+                offsets.append(base + ends + 1)
+                base, lines = base + len(whole), lines + len(ends)
+                bar.update(len(chunk))
+        if not lines:
+            raise BadInput(f"{self.path}: empty; expected one triple per line")
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{index}.{os.getpid()}", "wb") as file:
+            np.save(file, np.concatenate(offsets))
+        os.replace(f"{index}.{os.getpid()}", index)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def item(self, i: int, seed) -> tuple[str, list[str], list[float]]:
+        """(qid, [positive, negative], their targets) of line i."""
+        start, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        field = os.pread(self.file.fileno(), end - start, start).decode().rstrip("\r\n").split("\t")
+        if self.columns == 3:
+            return field[0], field[1:], [1.0, 0.0]
+        try:
+            scores = [float(field[0]), float(field[1])]
+        except ValueError:
+            scores = [math.nan]
+        if not all(map(math.isfinite, scores)):
+            raise BadInput(f"{self.path}:{i + 1}: scores {field[0]!r} {field[1]!r} are not finite numbers")
+        return field[2], field[3:], scores if self.loss in FROM_TEACHER else [1.0, 0.0]
+
+    def where(self, i: int) -> str:
+        return f"{self.path}:{i + 1}"
+
+
+class Lists:
+    """Candidate lists of a run in columns, and how a training list is drawn from one.
+
+    Losses on labels (bce, hinge, infonce) get one relevant document of the qrels and list_size - 1 of the candidates
+    that are not judged relevant. Losses on a teacher get list_size candidates with the run's scores, all of them
+    where there are no more; marginmse has its relevant document first (without qrels: the teacher's best). With
+    `shared` every loss gets the lists of the first kind, drawn alike, from queries whose relevant document is among
+    the candidates. `random_share`: the part of the negatives drawn from the whole corpus instead.
+    """
+
+    def __init__(self, run, texts, loss, list_size, shared=False, max_margin=None, random_share=None, run_path=None):
+        self.texts, self.loss, self.size, self.path, self.run = texts, loss, list_size, run_path, run
+        self.teacher, self.shared, self.random_share = loss in FROM_TEACHER, shared, random_share
+        if random_share is not None:
+            self.corpus = pa.array([d for d, _ in texts.corpus()], pa.large_string())
+        labelled = not self.teacher or shared
+        self.queries, self.positives, rows = [], [], []  # rows of `run` that a list is drawn from
+        skipped, filtered, short, longest = Counter(), 0, 0, 0
+        for i, qid in enumerate(run.qids):
+            start, end = int(run.starts[i]), int(run.starts[i + 1])
+            known = dict(zip(run.docids[start:end].to_pylist(), range(start, end), strict=True))
+            relevant = [d for d, grade in texts.qrels.get(qid, {}).items() if grade > 0]
+            inside = [d for d in relevant if d in known]
+            mine = np.arange(start, end)
+            if labelled:
+                mine = np.delete(mine, [known[d] - start for d in inside])
+                if max_margin is not None and inside:
+                    kept = mine[run.values[mine] <= min(run.values[known[d]] for d in inside) - max_margin]
+                    filtered, mine = filtered + len(mine) - len(kept), kept
+            why = (None if not labelled and len(mine) > 1 else "fewer than two candidates" if not labelled
+                   else "no relevant document" if not relevant
+                   else "the relevant document is not among the candidates" if shared and not inside
+                   else "no candidate that is not relevant" if not len(mine) and random_share is None else None)
+            if why:
+                skipped[why] += 1
+                continue
+            short += labelled and len(mine) < list_size - 1 and random_share is None
+            longest = max(longest, len(mine))
+            self.queries.append(i)
+            self.positives.append([(d, float(run.values[known[d]]) if d in known else math.nan)
+                                   for d in (inside if shared else relevant)])
+            rows.append(mine)
+        self.rows = np.concatenate([*rows, np.zeros(0, np.int64)]).astype(np.int64)
+        self.starts = np.cumsum([0, *map(len, rows)])
+        for why, number in skipped.items():
+            say(f"lists: {number:,} of {len(run.qids):,} queries left out: {why}")
+        if filtered:
+            say(f"lists: {filtered:,} negatives left out, scored above their positive minus {max_margin:g}")
+        if short:
+            say(f"lists: {short:,} queries have fewer than {list_size - 1} negatives; their lists are shorter")
+        if not labelled and longest > list_size:
+            say(f"lists: up to {longest:,} candidates per query; {list_size} of them drawn anew at every pass")
+        if not self.queries:
+            raise BadInput(f"{run_path or 'lists'}: no query can be trained on; do qrels and run belong together?")
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def item(self, i: int, seed) -> tuple[str, list[str], list[float]]:
+        """(qid, docids, targets) of a list of query i; every draw comes from `seed`."""
+        rng = np.random.default_rng(seed)
+        run, qid, rows = self.run, self.run.qids[self.queries[i]], self.rows[self.starts[i] : self.starts[i + 1]]
+        if self.teacher and not self.shared:
+            rows = rng.permutation(rows)[: self.size]
+            names, targets = run.docids.take(pa.array(rows)).to_pylist(), run.values[rows].tolist()
+            if self.loss == "marginmse":
+                relevant = {d for d, _ in self.positives[i]}
+                first = max(range(len(names)), key=lambda j: (names[j] in relevant, targets[j]))
+                names.insert(0, names.pop(first))
+                targets.insert(0, targets.pop(first))
+            return qid, names, targets
+        positive, score = self.positives[i][rng.integers(len(self.positives[i]))]
+        anywhere = rng.binomial(self.size - 1, self.random_share) if self.random_share else 0
+        rows = rng.permutation(rows)[: self.size - 1 - anywhere]
+        names = [positive, *run.docids.take(pa.array(rows)).to_pylist()]
+        targets = [score, *run.values[rows].tolist()] if self.teacher else [1.0] + [0.0] * len(rows)
+        relevant = self.texts.qrels.get(qid, {})
+        while len(names) < self.size and self.random_share:
+            other = self.corpus[int(rng.integers(len(self.corpus)))].as_py()
+            if relevant.get(other, 0) <= 0 and other not in names:
+                names.append(other)
+                targets.append(0.0)
+        return qid, names, targets
+
+    def where(self, i: int) -> str:
+        qid = self.run.qids[self.queries[i]]
+        return f"{self.path}:{line_of(self.path, qid)}" if self.path else f"query {qid!r}"
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch k of the training, a pure function of (seed, k): `self[k]` is what this rank computes of it.
+
+    Every rank knows the ids and targets of the whole batch; text is read and tokenised for its own share alone.
+    """
+
+    def __init__(self, source, texts, tokenize, args, rank, world):
+        self.source, self.texts, self.rank, self.world = source, texts, rank, world
+        self.size, self.seed, self.query_length = args.batch_size, args.seed, args.query_length
+        self.tokenize, self.documents = tokenize, DocumentTokens(texts, tokenize, args.doc_length)
+
+    def __len__(self) -> int:
+        return 1 << 62
+
+    def ids(self, k: int) -> list[tuple[int, str, list[str], list[float]]]:
+        """(row of the source, qid, docids, targets) of every list of batch k."""
+        index, n = np.arange(k * self.size, (k + 1) * self.size), len(self.source)
+        rows = np.concatenate([permuted(part % n, n, hash_of(self.seed, int(part[0]) // n))
+                               for part in np.split(index, np.flatnonzero(index % n == 0)) if len(part)])
+        return [(int(row), *self.source.item(int(row), (self.seed, int(i))))
+                for i, row in zip(index, rows, strict=True)]
+
+    def __getitem__(self, k: int) -> dict:
+        items = self.ids(k)
+        width = max(len(docids) for _, _, docids, _ in items)
+        targets = torch.zeros(len(items), width)
+        for i, (_, _, _, t) in enumerate(items):
+            targets[i, : len(t)] = torch.tensor(t)
+        own = range(self.rank, len(items), self.world)
+        found = self.documents([d for i in own for d in items[i][2]])
+        for i in own:
+            row, qid, docids, _ = items[i]
+            unknown = [d for d in docids if d not in found]
+            if unknown or qid not in self.texts.all_queries:
+                what = f"document {unknown[0]!r}" if unknown else f"query {qid!r}"
+                raise BadInput(f"{self.source.where(row)}: {what} is not in dataset {self.texts.name}")
+        queries = self.tokenize([self.texts.all_queries[items[i][1]] for i in own], self.query_length)
+        return {
+            "qids": [qid for _, qid, _, _ in items], "targets": targets,
+            "lengths": torch.tensor([len(docids) for _, _, docids, _ in items]),
+            "own": torch.tensor([i * width + j for i in own for j in range(len(items[i][2]))], dtype=torch.int64),
+            "queries": [q for i, q in zip(own, queries, strict=True) for _ in items[i][2]],
+            "documents": [found[d] for i in own for d in items[i][2]],
+        }
+
+    def loader(self, start: int, steps: int, workers: int) -> torch.utils.data.DataLoader:
+        """Batches start..steps-1 in order, prefetched by worker processes (0: made when asked for)."""
+        return torch.utils.data.DataLoader(
+            self, batch_size=None, sampler=range(start, steps), num_workers=workers,
+            prefetch_factor=8 if workers else None, worker_init_fn=self._reopen, persistent_workers=bool(workers),
+        )
+
+    def _reopen(self, _worker: int) -> None:
+        self.texts.reopen()  # a document store must not share its file position with its siblings
+        torch.set_num_threads(1)
+
+
+def hash_of(*numbers: int) -> int:
+    """A 63-bit seed from several numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
+
+
+# -------------------------------------------------------------------------------------------------- one step
+
+
+class Step:
+    """One optimizer step on one batch, exact at any list length and over any number of ranks.
+
+    One pass: every micro-batch is scored with its graph kept. Two passes, where the step exceeds `keep` tokens: all
+    scores without gradient, then each micro-batch again under the same dropout (the generator is seeded by step and
+    micro-batch), so that memory does not grow with the list. In both the loss and d loss / d scores are computed once,
+    on the lists of the whole batch, all ranks included: a ragged share weighs what it should.
+    """
+
+    def __init__(self, model, loss, optimizer, args, rank, world):
+        self.model, self.loss, self.optimizer, self.args = model, getattr(losses, loss), optimizer, args
+        self.rank, self.world = rank, world
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        config, device = model.model.config, model.device
+        self.max_tokens = args.max_tokens or default_max_tokens(device, training=True)
+        self.keep = self.max_tokens
+        if device.type == "cpu" and not args.max_tokens:
+            # about 34 fp32 values per token, layer and hidden unit are kept for the backward pass; up to 4 GiB of them
+            self.keep = max(self.keep, 2**32 // (34 * 4 * config.num_hidden_layers * config.hidden_size))
+
+    def _forward(self, batch, part, seed):
+        torch.manual_seed(seed)
+        packed = self.model.pack([batch["queries"][i] for i in part], [batch["documents"][i] for i in part])
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.args.dtype == "bfloat16"):
+            return self.model(packed)
+
+    def gradients(self, k: int, batch: dict) -> torch.Tensor:
+        """Adds d loss / d parameters of batch k to .grad, summed over ranks; returns the loss, a scalar."""
+        device, own = self.model.device, batch["own"]
+        lengths = [self.model.pair_length(len(q), len(d))
+                   for q, d in zip(batch["queries"], batch["documents"], strict=True)]
+        parts = micro_batches(lengths, self.max_tokens)
+        seeds = [hash_of(self.args.seed, k, self.rank, m) for m in range(len(parts))]
+        one_pass = len(parts) <= 1 or sum(lengths) <= self.keep
+        with torch.set_grad_enabled(one_pass):
+            outs = [self._forward(batch, part, seed) for part, seed in zip(parts, seeds, strict=True)]
+        order = torch.tensor([i for part in parts for i in part], dtype=torch.int64)
+        flat = torch.cat(outs) if outs else torch.zeros(0, device=device)
+        leaf = flat.detach().requires_grad_()
+        rows, width = batch["targets"].shape
+        scores = torch.zeros(rows * width, device=device).index_put((own[order].to(device),), leaf)
+        if self.world > 1:
+            everyone = scores.detach().clone()
+            dist.all_reduce(everyone)
+            scores = scores + (everyone - scores.detach())
+        targets = batch["targets"].to(device, non_blocking=True)
+        loss = self.loss(scores.view(rows, width), targets, batch["lengths"].to(device, non_blocking=True))
+        loss.backward()
+        if one_pass and len(flat):
+            flat.backward(leaf.grad)
+        elif len(flat):
+            for part, seed, gradient in zip(parts, seeds, leaf.grad.split([len(p) for p in parts]), strict=True):
+                self._forward(batch, part, seed).backward(gradient)
+        if self.world > 1:
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            together = torch.cat([p.grad.flatten() for p in self.parameters])
+            dist.all_reduce(together)
+            for p, g in zip(self.parameters, together.split([p.numel() for p in self.parameters]), strict=True):
+                p.grad.copy_(g.view_as(p))
+        return loss.detach()
+
+    def __call__(self, k: int, batch: dict) -> tuple[float, float]:
+        """Step k of the schedule (from 0); returns (loss, gradient norm). Raises BadInput where one is not finite."""
+        args = self.args
+        lr = args.lr * min((k + 1) / max(args.warmup, 1), (args.steps - k) / max(args.steps - args.warmup, 1), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        try:
+            loss = self.gradients(k, batch)
+        except torch.OutOfMemoryError:
+            if self.world > 1:
+                raise BadInput(f"step {k}: out of GPU memory with --max-tokens {self.max_tokens}; lower it") from None
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            self.max_tokens //= 2
+            self.keep = self.max_tokens
+            say(f"step {k}: out of GPU memory; micro-batches of {self.max_tokens:,} tokens from here on, step repeated")
+            loss = self.gradients(k, batch)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.clip)
+        loss, norm = torch.stack([loss, norm.to(loss.dtype)]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            names = ", ".join(dict.fromkeys(batch["qids"]))
+            raise BadInput(f"step {k}: loss {loss}, gradient norm {norm}; queries {names}. Training stopped, the last "
+                           "checkpoint is intact. Try a lower --lr, more --warmup or --dtype float32")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+
+# ----------------------------------------------------------------------------------------- validation, checkpoints
+
+
+class Validation:
+    """Re-ranks the first stages of one or more datasets, sharded over ranks, and averages one measure."""
+
+    def __init__(self, names, measure, depth, queries, rank, world):
+        self.measure, self.rank, self.world, self.sets = measure, rank, world, []
+        for name in names:
+            texts = Texts(name, split="dev")
+            run = first_stage(texts, None, "bm25", depth)
+            chosen = list(texts.queries)[:queries] if queries else list(texts.queries)
+            texts.qrels = {q: texts.qrels[q] for q in chosen}
+            self.sets.append((name, texts, {q: run.get(q, {}) for q in chosen}))
+
+    def __call__(self, model, max_tokens=None) -> dict:
+        """{"score": mean of the measure over datasets, "collapsed": all scores equal, NAME: measure, ...}"""
+        result, low, high = {}, math.inf, -math.inf
+        for name, texts, run in self.sets:
+            scores = score_run(model, texts, {q: run[q] for q in list(run)[self.rank :: self.world]}, max_tokens)
+            if self.world > 1:
+                shares = [None] * self.world
+                dist.all_gather_object(shares, scores)
+                scores = {q: ranked for share in shares for q, ranked in share.items()}
+            values = [s for ranked in scores.values() for s in ranked.values()]
+            low, high = min([low, *values]), max([high, *values])
+            result[name] = mean(evaluate(texts.qrels, scores, [self.measure]))[self.measure]
+        return {"score": sum(result.values()) / len(result), "collapsed": high - low <= 1e-6, **result}
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Writes folder/checkpoint.pt: the old one stays until the new one is whole and on the disk."""
+    folder.mkdir(exist_ok=True)
+    temporary = folder / "checkpoint.pt.new"
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / "checkpoint.pt")
+    sync_folder(folder)
+
+
+def save_model(model: CrossEncoder, folder: Path) -> None:
+    """The model in Hugging Face's layout, each file put in place whole, the weights last."""
+    temporary = folder / ".model.new"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    for file in sorted(temporary.iterdir(), key=lambda f: f.suffix == ".safetensors"):
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+        os.replace(file, folder / file.name)
+    temporary.rmdir()
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def load_backbone(args, texts) -> CrossEncoder:
+    """The model to train in float32, its fresh weights drawn from --seed."""
+    torch.manual_seed(hash_of(args.seed, "head"))
+    if args.backbone == "tiny":
+        from kernels.tiny import build_tiny
+
+        built, tokenizer = build_tiny([text for _, text in texts.corpus()], args.seed)
+        return CrossEncoder(built, tokenizer, args.query_length, args.doc_length)
+    name = BACKBONES[args.backbone][0] if args.backbone in BACKBONES else args.backbone
+    model = CrossEncoder.from_pretrained(name, dtype="float32", device=args.device, query_length=args.query_length,
+                                         doc_length=args.doc_length)
+    if model.new_weights:
+        say(f"{name}: {len(model.new_weights)} new weights drawn from --seed: {', '.join(model.new_weights)}")
+    return model
+
+
+def open_source(args, texts):
+    """What the batches are drawn from: --triples, --lists, or lists made by --first-stage."""
+    path = args.triples or args.lists
+    if path and not Path(path).exists():
+        from teacher import published  # the paper's files by name, fetched at first use
+
+        path = published(str(path))
+    if path and (args.triples or str(path).endswith(".tsv")):
+        return Triples(Path(path), args.loss)
+    if path is None and args.loss in FROM_TEACHER:
+        raise BadInput(f"--loss {args.loss} learns from a teacher's scores: make a run with teacher.py and give it as "
+                       "--lists")
+    run = candidates(texts, path and Path(path), args.first_stage, args.depth, args.skip_missing)
+    return Lists(run, texts, args.loss, args.list_size, args.negatives == "shared", args.max_teacher_margin,
+                 args.random_share, path and Path(path))
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--backbone", default="tiny", help=f"tiny, {', '.join(BACKBONES)}, or a hub id or folder of BERT, RoBERTa, "
+        "ELECTRA, DeBERTa-v3 or ModernBERT kind (default tiny)")
+    add("--loss", default="infonce", choices=sorted(losses.LOSSES), help="the objective (default infonce)")
+    add("--out", type=Path, help="run folder (default runs/DATASET-BACKBONE-LOSS-seedN)")
+    data = parser.add_argument_group("data").add_argument
+    data("--dataset", help="ir_datasets id, BEIR folder or pydocs (default: msmarco-passage/train; for tiny, pydocs)")
+    data("--lists", help="TREC run of candidates; its scores are the teacher's for marginmse, ranknet, adrmse and kl; "
+         "or the name of a published file (colbert, rankzephyr-50, ...)")
+    data("--triples", help="TSV: qid pos neg, or pos_score neg_score qid pos_pid neg_pid; or ensemble-t2, ensemble-t1")
+    data("--first-stage", type=first_stage_name, metavar="bm25|scoreddocs|splade[:MODEL]",
+         help="make the lists (default bm25 where none are given)")
+    data("--depth", type=int, help="candidates per query that are kept of a list (default 100)")
+    data("--list-size", type=int, help="documents per list (2 for bce, hinge, marginmse; infonce 8; others 50)")
+    data("--negatives", choices=["recipe", "shared"], default="recipe",
+         help="shared: every loss gets the same lists, one relevant document and list-size - 1 others")
+    data("--max-teacher-margin", type=float, metavar="X",
+         help="leave out negatives that the run scores above their positive minus X (likely false negatives)")
+    data("--skip-missing", action="store_true", help="leave out documents of --lists that the dataset lacks (counted)")
+    budget = parser.add_argument_group("budget (defaults: the paper's, by backbone and loss)").add_argument
+    budget("--batch-size", type=int, help="queries (lists) per step")
+    budget("--lr", type=float)
+    budget("--steps", type=int)
+    budget("--warmup", type=int, help="steps of linear warm-up; linear decay to 0 follows")
+    budget("--weight-decay", type=float, default=0.0)
+    budget("--clip", type=float, default=1.0, help="largest gradient norm (default 1.0)")
+    watch = parser.add_argument_group("watch").add_argument
+    watch("--eval-dataset", nargs="+", help="validated on: ids, folders (their dev split), or nanobeir (default: the "
+          "dataset's own dev split, nanobeir for MS MARCO), re-ranking BM25; none: keep the last step")
+    watch("--eval-every", type=int, help="steps between validations (default: a fortieth of --steps, at least 100)")
+    watch("--eval-measure", default="RR@10")
+    watch("--eval-depth", type=int, help="candidates re-ranked per query (default 100)")
+    watch("--eval-queries", type=int, help="validate on the first N queries (default: all)")
+    watch("--log", default="jsonl", help="jsonl, tensorboard, wandb, with commas between")
+    go_on = parser.add_argument_group("go on").add_argument
+    go_on("--resume", action="store_true", help="continue OUT/last where there is one; a finished run stays as it is")
+    go_on("--save-every", type=int, help="steps between checkpoints (default: --eval-every)")
+    go_on("--overwrite", action="store_true", help="start afresh in a folder that holds a run")
+    go_on("--workers", type=int, help="processes that read and tokenise (default: 2 for ir_datasets, else 0)")
+    go_on("--dry-run", action="store_true", help="print the plan: data, steps, documents, tokens; touches nothing")
+    add_model_flags(parser)
+    args = parser.parse_args(argv)
+    if args.triples and args.lists:
+        parser.error("give --triples or --lists, not both")
+    return fill(args)
+
+
+def fill(args: argparse.Namespace) -> argparse.Namespace:
+    """Every default that depends on another flag: the paper's recipes (arXiv 2603.03010) and the preset of `tiny`."""
+    def default(name, value):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+    tiny, paper = args.backbone == "tiny", args.dataset is None and args.backbone != "tiny"
+    default("dataset", "pydocs" if tiny else "msmarco-passage/train")
+    args.random_share = None
+    if paper and not (args.lists or args.triples or args.first_stage):
+        setattr(args, "triples" if LIST_SIZE[args.loss] == 2 else "lists", PAPER_LISTS[args.loss])
+    if not (args.lists or args.triples):
+        default("first_stage", "bm25")
+    if tiny:
+        from kernels.tiny import PRESET, RANDOM_SHARE
+
+        for name, value in PRESET.items():
+            default(name, value)
+        if not (args.lists or args.triples):
+            args.random_share = RANDOM_SHARE
+    group = GROUPS[BACKBONES[args.backbone][1] if args.backbone in BACKBONES else "base"]
+    default("list_size", 2 if args.triples else 8 if args.negatives == "shared" else LIST_SIZE[args.loss])
+    default("batch_size", group["documents"] if args.list_size == 2 else max(group["documents"] // args.list_size, 1))
+    default("lr", group["lr"])
+    default("steps", 200_000)
+    default("warmup", 5_000 if args.steps == 200_000 else args.steps // 40)
+    default("eval_every", max(args.steps // 40, min(args.steps, 100)))
+    default("save_every", args.eval_every)
+    config = Path(args.backbone) / "config.json"  # a model trained here knows its lengths
+    known = json.loads(config.read_text()) if config.is_file() else {}
+    default("depth", 100)
+    default("eval_depth", 100)
+    default("query_length", known.get("query_length", 32))
+    default("doc_length", known.get("doc_length", 256))
+    default("eval_dataset", ["nanobeir"] if paper else [args.dataset.split("/")[0] + "/dev"] if tiny else None)
+    default("workers", 0 if args.dataset.split("/")[0] == "pydocs" or Path(args.dataset).is_dir() else 2)
+    short = "-".join(Path(args.dataset).parts[-2:]) + "-" + Path(args.backbone).name
+    default("out", Path("runs") / f"{short}-{args.loss}-seed{args.seed}")
+    if args.eval_dataset is None:
+        folder = Path(args.dataset)
+        args.eval_dataset = [str(folder / "dev")] if (folder / "qrels" / "dev.tsv").is_file() else []
+    elif args.eval_dataset == ["none"]:
+        args.eval_dataset = []
+    elif args.eval_dataset == ["nanobeir"]:
+        args.eval_dataset = [f"nano-beir/{name}" for name in NANOBEIR]
+    if args.dtype == "auto":
+        device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+        args.dtype = "bfloat16" if native_bf16(device) else "float32"
+    for name in ("steps", "batch_size", "list_size", "eval_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    return args
+
+
+def compute(args, documents: int) -> list[str]:
+    """A line on the operations of the run, where the backbone's shape is known (formulas: kernels/ROOFLINE.md)."""
+    if args.backbone not in BACKBONES:
+        return []
+    from kernels.bench.roofline import FLOPS, flops_per_step
+
+    _, _, layers, hidden, intermediate, heads, gated = BACKBONES[args.backbone]
+    shape = dict(hidden=hidden, layers=layers, intermediate=intermediate, heads=heads, gated=gated)
+    if gated:
+        shape |= dict(window=64, global_every=3, mean_pooled=True)
+    if args.backbone == "deberta":
+        shape |= dict(slots=512)
+    step = flops_per_step(shape, [90] * documents)
+    hours = step * args.steps / FLOPS / 3600
+    return [f"compute    {step / 1e12:.2f} TFLOP a step at 90 tokens a pair, {step * args.steps / 1e18:.2f} EFLOP in "
+            f"all: at least {hours:.1f} h of an H100 at {FLOPS / 1e12:.0f} TFLOP/s"]
+
+
+def plan(args) -> str:
+    """What the command would do, from the flags alone."""
+    source = f"triples {args.triples}" if args.triples else f"lists {args.lists or args.first_stage}"
+    documents = args.batch_size * args.list_size
+    lines = [
+        f"backbone   {args.backbone} ({BACKBONES[args.backbone][0] if args.backbone in BACKBONES else 'as given'})",
+        f"loss       {args.loss}, {args.negatives} negatives",
+        f"data       {args.dataset}, {source}",
+        f"step       {args.batch_size:,} lists of {args.list_size} documents = {documents:,} documents, at most "
+        f"{documents * (args.query_length + args.doc_length + 3):,} tokens",
+        f"steps      {args.steps:,}: {args.warmup:,} of warm-up to lr {args.lr:g}, then linearly to 0; AdamW, weight "
+        f"decay {args.weight_decay:g}, clip {args.clip:g}, {args.dtype}",
+        f"documents  {args.steps * documents:,} in all",
+        *compute(args, documents),
+        f"validation {args.eval_measure} on {', '.join(args.eval_dataset) or 'nothing (the last step is kept)'} every "
+        f"{args.eval_every:,} steps",
+        f"out        {args.out}",
+    ]
+    return "\n".join(lines)
+
+
+class Stop:
+    """Inside `with`, SIGTERM and Ctrl-C are only noted, for the step in hand to be finished and saved; a second one
+    ends the run at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = [(number, signal.signal(number, self._note)) for number in (signal.SIGINT, signal.SIGTERM)]
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before:
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+
+class Log:
+    """log.jsonl always; TensorBoard and Weights & Biases where asked and installed."""
+
+    def __init__(self, args, step):
+        self.path, self.writers = args.out / "log.jsonl", []
+        lines = self.path.read_text().splitlines() if step and self.path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        with atomic_write(self.path) as file:
+            file.writelines(line + "\n" for line in kept)
+        kinds = args.log.split(",")
+        if "tensorboard" in kinds:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(args.out / "tensorboard", purge_step=step)
+            self.writers.append(lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
+        if "wandb" in kinds:
+            import wandb
+
+            wandb.init(project="cross-encoder-study", name=args.out.name, config=flags(args), resume="allow")
+            self.writers.append(lambda row: wandb.log(row, step=row["step"]))
+
+    def __call__(self, **row):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for write in self.writers:
+            write({k: v for k, v in row.items() if isinstance(v, (int, float))})
+
+
+def flags(args) -> dict:
+    """The flags that decide the result, as JSON: those that a resumed run must share."""
+    ways = ("out", "resume", "overwrite", "dry_run", "log", "workers", "save_every", "random_share")
+    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in ways}
+
+
+def provenance(args, texts) -> dict:
+    """What it takes to repeat the run: flags, versions, commit, data."""
+    import transformers
+
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    files = [Path(p) for p in (args.lists, args.triples) if p and Path(p).is_file()]
+    return {
+        "flags": flags(args),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                     "transformers": transformers.__version__, "numpy": np.__version__},
+        "commit": git or None,
+        "data": {"corpus": texts.fingerprint()} | {
+            str(f): hashlib.file_digest(open(f, "rb"), "sha256").hexdigest() for f in files},  # noqa: SIM115
+    }
+
+
+def train(args, rank: int, world: int) -> int:
+    out, last = args.out, args.out / "last"
+    begun = (out / "args.json").is_file()
+    if begun and not (args.resume or args.overwrite):
+        raise BadInput(f"{out}: holds a run; --resume continues it, --overwrite starts afresh, --out names another")
+    if begun and args.resume:
+        before = json.loads((out / "args.json").read_text())["flags"]
+        other = [f"--{k.replace('_', '-')} {before.get(k)} (now {v})"
+                 for k, v in flags(args).items() if before.get(k) != v]
+        if other:
+            raise BadInput(f"{out}: begun with other flags: {', '.join(other)}; give the same, or another --out")
+    state = None
+    if begun and args.resume and (last / "checkpoint.pt").is_file():
+        state = torch.load(last / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if state["step"] >= args.steps and (out / "README.md").is_file():
+            say(f"{out}: finished already ({args.steps:,} steps); nothing to do")
+            return 0
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
+    with rank_0_first():
+        texts = Texts(args.dataset, split="train")
+        model = load_backbone(args, texts).to(device)
+        source = open_source(args, texts)
+        validation = Validation(args.eval_dataset, args.eval_measure, args.eval_depth, args.eval_queries, rank, world)
+    say(plan(args))
+    say(f"data       {len(source):,} {'triples' if isinstance(source, Triples) else 'queries with lists'}; "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {world} process{'es' * (world > 1)} on {device}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    step = Step(model, args.loss, optimizer, args, rank, world)
+    start, best, history = 0, -math.inf, []
+    if rank == 0 and not state:
+        if out.is_dir():
+            shutil.rmtree(last, ignore_errors=True)
+            (out / "README.md").unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_write(out / "args.json") as file:
+            json.dump(provenance(args, texts), file, indent=1)
+    if state:
+        model.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, best, history = state["step"], state["best"], state["history"]
+        say(f"{out}: going on after step {start:,}")
+    log = Log(args, start) if rank == 0 else None
+
+    def checkpoint(done):
+        if rank == 0:
+            save_checkpoint(last, {"step": done, "model": model.model.state_dict(), "optimizer": optimizer.state_dict(),
+                                   "best": best, "history": history})
+
+    def measured(done):
+        nonlocal best
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            result = validation(model, args.max_tokens)
+        history.append([done, result["score"]])
+        if rank == 0:
+            log(**{"step": done, args.eval_measure: result["score"], **result})
+            word = f"step {done:,}: {args.eval_measure} {result['score']:.4f}"
+            if result["collapsed"]:
+                word += "; COLLAPSED: the model gives every document the same score"
+            if result["score"] > best:
+                save_model(model, out)
+                word += " (best so far, saved)"
+            say(word)
+        best = max(best, result["score"])
+
+    batches = Batches(source, texts, model.tokenize, args, rank, world)
+    loader = iter(batches.loader(start, args.steps, args.workers))
+    bar = tqdm(total=args.steps, initial=start, desc=f"{args.backbone} {args.loss}", unit=" steps",
+               disable=None if rank == 0 else True)
+    model.train()
+    mark, waited, pairs, tokens, total, since = time.perf_counter(), 0.0, 0, 0, 0.0, start
+    every = max(min(args.eval_every, args.steps) // 10, 1)
+    with Stop() as stop:
+        for k in range(start, args.steps):
+            begin = time.perf_counter()
+            batch = next(loader)
+            waited += time.perf_counter() - begin
+            loss, norm = step(k, batch)
+            total += loss
+            pairs += int(batch["lengths"].sum())
+            tokens += sum(map(len, batch["queries"])) + sum(map(len, batch["documents"]))
+            done = k + 1
+            bar.update()
+            if rank == 0 and (done % every == 0 or done == args.steps):
+                seconds = time.perf_counter() - mark
+                memory = (torch.cuda.max_memory_allocated() if model.device.type == "cuda"
+                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+                row = dict(step=done, loss=total / (done - since), lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+                           pairs_per_second=pairs / seconds, tokens_per_second=tokens * world / seconds,
+                           waiting=waited / seconds, memory_gib=memory)
+                log(**row)
+                bar.set_postfix_str(
+                    f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, {row['pairs_per_second']:,.0f} pairs/s, "
+                    f"{row['tokens_per_second']:,.0f} tokens/s, waiting {row['waiting']:.0%}, {memory:.1f} GiB")
+                mark, waited, pairs, tokens, total, since = time.perf_counter(), 0.0, 0, 0, 0.0, done
+            if validation.sets and (done % args.eval_every == 0 or done == args.steps):
+                measured(done)
+                mark, waited, pairs, tokens, total, since = time.perf_counter(), 0.0, 0, 0, 0.0, done
+            halt = stop.signal
+            if world > 1:
+                votes = torch.tensor([halt])
+                dist.all_reduce(votes, dist.ReduceOp.MAX)
+                halt = int(votes)
+            if done % args.save_every == 0 or done == args.steps or halt:
+                checkpoint(done)
+            if halt and done < args.steps:
+                bar.close()
+                say(f"{signal.Signals(halt).name}: stopped after step {done:,}, checkpoint written; --resume goes on")
+                return 128 + halt
+    bar.close()
+    if rank == 0:
+        if not validation.sets:
+            save_model(model, out)
+        finish(args, model, history)
+    if world > 1:
+        dist.barrier()
+    return 0
+
+
+def finish(args, model, history) -> None:
+    """The closing table on the dataset's test split, where it has one, and the model card."""
+    table, name = "", args.dataset.removesuffix("/train")
+    if name == "pydocs" or (Path(name) / "qrels" / "test.tsv").is_file():
+        texts = Texts(name, split="test")
+        run = first_stage(texts, None, "bm25", args.eval_depth)
+        best = CrossEncoder.from_pretrained(args.out, dtype="float32", device=model.device.type)
+        scores = score_run(best, texts, run, args.max_tokens, progress="test")
+        measures = ["nDCG@10", "RR@10", "AP"]
+        table = markdown_table({"BM25": evaluate(texts.qrels, run, measures),
+                                args.out.name: evaluate(texts.qrels, scores, measures)})
+        print(f"\n{name} test: {len(run):,} queries, BM25's first {args.eval_depth} documents and the same re-ranked"
+              f"\n\n{table}\n")
+    with atomic_write(args.out / "README.md") as file:
+        file.write(model_card(args, history, table))
+    say(f"model in {args.out}; re-rank with: python rerank.py --model {args.out} --dataset {args.dataset} "
+        "--first-stage bm25 --out reranked.run")
+
+
+def model_card(args, history, table: str) -> str:
+    """README.md of the run folder: what it is, how it was trained, what it reaches, how to use it."""
+    base = BACKBONES[args.backbone][0] if args.backbone in BACKBONES else None
+    reached = max((score for _, score in history), default=None)
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: text-ranking
+tags: [cross-encoder, reranker, text-classification]
+{f'base_model: {base}' if base else ''}
+---
+
+# Cross-encoder {args.backbone}, {args.loss}
+
+Re-ranks documents for a query; one raw logit per pair, higher is more relevant (no sigmoid).
+
+Trained by the recipe of arXiv 2603.03010: {plan(args)}
+
+{f'Best {args.eval_measure} in validation: {reached:.4f}.' if reached is not None else 'Not validated: the last step.'}
+
+{table}
+
+## Use
+
+```python
+from sentence_transformers import CrossEncoder
+CrossEncoder("{args.out}").predict([("query", "document")])
+```
+
+```
+python rerank.py --model {args.out} --dataset DATASET --first-stage bm25 --out reranked.run
+```
+
+Query cut to {args.query_length} tokens, document to {args.doc_length}. Flags, versions and data are in args.json.
+"""
+
+
+def main() -> int:
+    args = parse()
+    if args.dry_run:
+        print(plan(args))
+        return 0
+    rank, world = join_processes()
+    try:
+        return train(args, rank, world)
+    except OSError as e:
+        if e.errno in (27, 28, 122):  # EFBIG, ENOSPC, EDQUOT
+            raise BadInput(f"{args.out}: cannot write ({e.strerror}); the last checkpoint is intact. Free some space "
+                           "and --resume") from e
+        raise
+    finally:
+        if world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
