@@ -717,7 +717,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script with a model shares."""
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="auto: bfloat16 on CUDA and on CPUs with native bfloat16, else float32")
+                        help="auto: bfloat16 on CUDA and, for scoring, on CPUs with native bfloat16, else float32")
     parser.add_argument("--max-tokens", type=int, help="token budget of one micro-batch (default: measured per device)")
     parser.add_argument("--query-length", type=int, help="tokens kept of a query (default: the model's, or 32)")
     parser.add_argument("--doc-length", type=int, help="tokens kept of a document (default: the model's, or 256)")

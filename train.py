@@ -620,8 +620,8 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
     elif args.eval_dataset == ["nanobeir"]:
         args.eval_dataset = [f"nano-beir/{name}" for name in NANOBEIR]
     if args.dtype == "auto":
-        device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-        args.dtype = "bfloat16" if native_bf16(device) else "float32"
+        on_gpu = args.device != "cpu" and torch.cuda.is_available()
+        args.dtype = "bfloat16" if on_gpu and native_bf16("cuda") else "float32"  # on a CPU the same bits everywhere
     for name in ("steps", "batch_size", "list_size", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")

@@ -10,6 +10,7 @@ import os
 import struct
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -439,7 +440,7 @@ class CrossEncoder(nn.Module):
     # -- files ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, name, dtype="auto", device="auto", query_length=None, doc_length=None) -> "CrossEncoder":
+    def from_pretrained(cls, name, dtype="float32", device="auto", query_length=None, doc_length=None):
         """A model folder or hub id. dtype of the weights: "float32", "bfloat16", a torch.dtype or "auto": bfloat16
         where the device has it in hardware, float32 else. The lengths default to those the model was saved with,
         else 32 and 256.
@@ -490,13 +491,16 @@ class CrossEncoder(nn.Module):
         """
         scores = torch.empty(len(query_ids))
         lengths = [self.pair_length(len(q), len(d)) for q, d in zip(query_ids, doc_ids, strict=True)]
-        done, order = [], []
-        with evaluating(self), torch.inference_mode():
-            for part in micro_batches(lengths, max_tokens or default_max_tokens(self.device, training=False)):
-                done.append(self(self.pack([query_ids[i] for i in part], [doc_ids[i] for i in part])))
-                order += part
-            if done:
-                scores[order] = torch.cat(done).cpu()
+        parts = micro_batches(lengths, max_tokens or default_max_tokens(self.device, training=False))
+
+        @torch.inference_mode()
+        def work(part):
+            return self(self.pack([query_ids[i] for i in part], [doc_ids[i] for i in part]))
+
+        with evaluating(self):
+            done = in_threads(work, parts) if self.device.type == "cpu" else [work(part) for part in parts]
+        if done:
+            scores[[i for part in parts for i in part]] = torch.cat(done).cpu()
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         if bad:
             raise NonFiniteScores(bad)
@@ -509,6 +513,29 @@ class CrossEncoder(nn.Module):
         distinct = list(dict.fromkeys(documents))
         document_of = dict(zip(distinct, self.tokenize(distinct, self.doc_length), strict=True))
         return self.score_tokens([query_of[q] for q in queries], [document_of[d] for d in documents], max_tokens)
+
+
+def in_threads(work, items) -> list:
+    """[work(i) for i in items] on a CPU: as many at a time as torch has threads, each computed by one thread.
+
+    Threads that share every small product wait for each other more than they work; a thread of its own for every
+    micro-batch also makes the last bits independent of how many there are.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [work(item) for item in items]
+    cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def alone(item):  # both settings belong to a thread
+        torch.set_num_threads(1)
+        with torch.autocast("cpu", dtype, enabled=cast):
+            return work(item)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(alone, items))
+    finally:
+        torch.set_num_threads(threads)  # MKL's number, unlike OpenMP's, is one for all threads
 
 
 @contextmanager

@@ -319,6 +319,25 @@ def test_saved_folder_gives_peers_the_same_score(name, tmp_path):
     torch.testing.assert_close(predicted.cpu(), scores, rtol=0, atol=1e-5)
 
 
+def test_scores_do_not_depend_on_the_number_of_threads():
+    encoder = build("bert")
+    rng = np.random.default_rng(3)
+    sides = random_sides([(int(rng.integers(1, 9)), int(rng.integers(1, 40))) for _ in range(60)])
+    threads, scores = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            scores.append(encoder.score_tokens(*sides, max_tokens=100))
+            assert torch.get_num_threads() == number
+            with torch.autocast("cpu", torch.bfloat16):  # a setting of the thread, which those inside must share
+                scores.append(encoder.score_tokens(*sides, max_tokens=100))
+    finally:
+        torch.set_num_threads(threads)
+    for exact, cast in (scores[2:4], scores[4:]):
+        assert exact.equal(scores[0]) and cast.equal(scores[1])
+    assert not scores[0].equal(scores[1])
+
+
 def test_unsupported_backbones_are_refused():
     for config, what in [
         (hf.DistilBertConfig(num_labels=1), "distilbert"),

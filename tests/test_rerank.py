@@ -39,7 +39,7 @@ def model(place):
 
 
 def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["rerank.py", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", ["rerank.py", "--dtype", "float32", *map(str, argv)])
     return rerank.guarded(rerank.main)
 
 
