@@ -790,11 +790,12 @@ def train(args, rank: int, world: int) -> int:
         if other:
             raise BadInput(f"{out}: begun with other flags: {', '.join(other)}; give the same, or another --out")
     state = None
-    if begun and args.resume and (last / "checkpoint.pt").is_file():
-        state = torch.load(last / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if state["step"] >= args.steps and (out / "README.md").is_file():
+    if begun and args.resume:
+        if (out / "README.md").is_file():  # written last; so `last/` may go once a run is finished
             say(f"{out}: finished already ({args.steps:,} steps); nothing to do")
             return 0
+        if (last / "checkpoint.pt").is_file():
+            state = torch.load(last / "checkpoint.pt", map_location="cpu", weights_only=True)
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
     with rank_0_first():
@@ -916,26 +917,67 @@ def finish(args, model, history) -> None:
         "--first-stage bm25 --out reranked.run")
 
 
+def data_licence(args) -> str:
+    """Under what terms the training data stand, as far as they are known here."""
+    if args.dataset.split("/")[0] == "pydocs":
+        return ("Docstrings of installed packages, under the licences of those: Python (PSF License), numpy and torch "
+                "(BSD-3-Clause and others that they bundle), transformers (Apache-2.0).")
+    if args.dataset.startswith("msmarco"):
+        return ("MS MARCO, which Microsoft offers for non-commercial research purposes only. The lists and teacher's "
+                f"scores (`{args.triples or args.lists or args.first_stage}`) are derived from it; those that were "
+                "published name their terms where they are kept (PUBLISHED in teacher.py).")
+    if Path(args.dataset).is_dir():
+        return "A collection of the user's own; what its licence allows is for its owner to say here."
+    return f"Through ir_datasets, whose page of `{args.dataset}` names the source and its terms: https://ir-datasets.com."
+
+
 def model_card(args, history, table: str) -> str:
-    """README.md of the run folder: what it is, how it was trained, what it reaches, how to use it."""
-    base = BACKBONES[args.backbone][0] if args.backbone in BACKBONES else None
-    reached = max((score for _, score in history), default=None)
+    """README.md of the run folder, with the hub's front matter: what it is, its data and recipe, what it reaches, how
+    to use it, its limits. history: [step, score] of every validation; table: the measures on the test split."""
+    from huggingface_hub import ModelCardData
+
+    base = BACKBONES[args.backbone][0] if args.backbone in BACKBONES else args.backbone
+    fresh = args.backbone == "tiny" or Path(base).exists()
+    front = ModelCardData(
+        base_model=None if fresh else base, license="other", license_name="see-training-data",
+        datasets=["microsoft/ms_marco"] if args.dataset.startswith("msmarco") else None,
+        library_name="sentence-transformers", pipeline_tag="text-ranking", tags=["cross-encoder", "reranker"])
+    validation = "Not validated: the weights of the last step."
+    if history:  # the kept model is that of the first best score; its row of the log has the score of each set
+        best = max(history, key=lambda row: row[1])[0]
+        rows = map(json.loads, (args.out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        row = next(row for row in rows if row["step"] == best and "score" in row)
+        cells = [f"| {name} | {row[key]:.4f} |" for name, key in
+                 [*((name, name) for name in args.eval_dataset if name in row), ("mean", "score")]]
+        validation = "\n".join([f"Step {best:,} is kept; its validation on BM25's first {args.eval_depth}:", "",
+                                f"| dataset | {args.eval_measure} |", "|---|---:|", *cells])
+    if table:
+        table = f"Test split, BM25's first {args.eval_depth} and the same re-ranked:\n\n{table}"
     return f"""---
-library_name: sentence-transformers
-pipeline_tag: text-ranking
-tags: [cross-encoder, reranker, text-classification]
-{f'base_model: {base}' if base else ''}
+{front.to_yaml()}
 ---
 
 # Cross-encoder {args.backbone}, {args.loss}
 
 Re-ranks documents for a query; one raw logit per pair, higher is more relevant (no sigmoid).
 
-Trained by the recipe of arXiv 2603.03010: {plan(args)}
+## Training data
 
-{f'Best {args.eval_measure} in validation: {reached:.4f}.' if reached is not None else 'Not validated: the last step.'}
+{data_licence(args)} The model's own licence has to respect these terms and those of its backbone.
 
-{table}
+## Recipe
+
+After arXiv 2603.03010; every flag, version and checksum is in args.json.
+
+```
+{plan(args)}
+```
+
+## Results
+
+{validation}
+
+{table or "No test split beside the training data: evaluate.py judges runs on others."}
 
 ## Use
 
@@ -944,11 +986,25 @@ from sentence_transformers import CrossEncoder
 CrossEncoder("{args.out}").predict([("query", "document")])
 ```
 
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{args.out}")
+model = AutoModelForSequenceClassification.from_pretrained("{args.out}").eval()
+with torch.no_grad():
+    scores = model(**tokenizer(["query"], ["document"], return_tensors="pt")).logits[:, 0]
+```
+
 ```
 python rerank.py --model {args.out} --dataset DATASET --first-stage bm25 --out reranked.run
 ```
 
-Query cut to {args.query_length} tokens, document to {args.doc_length}. Flags, versions and data are in args.json.
+## Limits
+
+Trained on queries cut to {args.query_length} tokens and documents cut to {args.doc_length}: what stands behind is not
+seen (`rerank.py --long-docs max` scores passages). Scores order the documents of one query; they are no probabilities
+and do not compare across queries. Candidates unlike those of the training (first stage, language, domain) were not
+tested here, nor bias in what is ranked high. One seed ({args.seed}); others differ.
 """
 
 
