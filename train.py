@@ -745,7 +745,7 @@ class Log:
         if "wandb" in kinds:
             import wandb
 
-            wandb.init(project="cross-encoder-study", name=args.out.name, config=flags(args), resume="allow")
+            wandb.init(project="cross-encoder-study", name=args.out.name, config=flags(args))
             self.writers.append(lambda row: wandb.log(row, step=row["step"]))
 
     def __call__(self, **row):

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,8 +123,8 @@ def test_equal_documents(backbone):
         documents = lists(b) * size
         assert 0 <= args.steps * documents - 200_000 * b < documents
         assert args.warmup == args.steps // 40 == args.eval_every
-        half = train.parse(["--backbone", backbone, "--loss", loss, "--budget", "docs", "--steps", "100000"])
-        assert half.steps == math.ceil(args.steps / 2)
+        odd = train.parse(["--backbone", backbone, "--loss", loss, "--budget", "docs", "--steps", "1001"])
+        assert odd.steps == math.ceil(1001 * b / documents)
     assert "docs" in args.out.name and "budget" not in train.flags(args)
 
 
@@ -233,3 +235,169 @@ def test_shared_lists_are_drawn_alike_whatever_the_loss_and_the_budget(place):
     steps, lists = drawn["bce", "steps"]
     assert steps == 60 and {len(step) for step in lists} == {4} and {len(d) for s in lists for _, _, d in s} == {8}
     assert all(other == drawn["bce", "steps"] for other in drawn.values())
+
+
+# ------------------------------------------------------------------------------------------ the README's loops
+
+
+STUB = """#!/usr/bin/env bash
+printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
+[ -z "$FAIL" ] || exit "$FAIL"
+case $1 in
+    -c) touch "$4" ;;
+    train.py|rerank.py) while [ "$1" != --out ]; do shift; done; case $2 in
+        *.run.gz) touch "$2" ;; *) mkdir -p "$2/last"; touch "$2/README.md" ;; esac ;;
+esac
+"""
+
+
+def study_section():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text[text.index("\n## The study") : text.index("\n## Kernels")]
+
+
+def test_the_loops_of_the_readme(place, tmp_path, capsys):
+    """Run by bash with a `python` that only notes what it is called with and makes the files that it should."""
+    first, training, judging = re.findall(r"```bash\n(.*?)```", study_section(), re.DOTALL)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(STUB)
+    (tmp_path / "bin/python").chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def bash(script, fail=""):
+        calls.unlink(missing_ok=True)
+        env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "FAIL": fail}
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert not done.stderr
+        return [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
+
+    suite = {dataset for column in evaluate.SUITES["paper"].values() for dataset in column.values()}
+    assert len(bash(first, fail="130")) == 1  # Ctrl-C ends the loop, not the command alone
+    assert len(bash(first)) == len(suite) == 22
+    assert bash(first) == []  # all made: nothing to do
+    assert {f.name for f in (tmp_path / "first").iterdir()} == {f"{d.replace('/', '-')}.run.gz" for d in suite}
+
+    assert len(bash(training, fail="143")) == 1
+    made = bash(training)
+    cells = {(a.backbone, a.loss, a.seed, str(a.out)) for a in (train.parse(call[1:]) for call in made) if a.resume}
+    assert cells == {(b, loss, s, f"runs/{b}-{loss}-seed{s}") for b, loss in CELLS for s in (1, 2, 3)}
+    assert {f.name for f in (tmp_path / "runs").glob("*/*")} == {"README.md"}
+
+    for folder in (tmp_path / "runs").iterdir():
+        if folder.name not in ("bert-bce-seed1", "bert-bce-seed2"):
+            shutil.rmtree(folder)
+    (tmp_path / "runs/bert-bce-seed2/README.md").unlink()  # still in training
+    judging = first + judging
+    assert len(bash(judging, fail="130")) == 2  # one re-ranking, and evaluate.py
+    *reranked, judged = bash(judging)
+    assert len(reranked) == 22 and judged[:3] == ["evaluate.py", "--suite", "paper"]
+    assert {call[call.index("--dataset") + 1] for call in reranked} == suite
+    assert all((tmp_path / call[call.index("--run") + 1]).is_file() for call in reranked)
+    assert bash(judging) == [judged]
+
+    # what makes the first stages, for real
+    code = re.search(r"make_first='(.*?)'", first, re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", code, place / "corpus/test", tmp_path / "bm25.run.gz", "bm25"],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    texts = rerank.Texts(str(place / "corpus/test"))
+    assert evaluate.read_run(tmp_path / "bm25.run.gz") == rerank.bm25(texts, texts.queries, 1000)
+
+
+def test_the_hours_of_the_readme_are_those_of_the_formulas(capsys):
+    from kernels.bench import roofline
+
+    roofline.main(["--study"])
+    printed = capsys.readouterr().out.strip()
+    assert printed in study_section()
+    # BERT, infonce: 32 pairs of 90 tokens a step, bound by bytes: 12 layers x 2,880 tokens x 2 (18 x 768 + 4 x 3072)
+    # x 3, and 36 a parameter; 40 validations of 649 x 100 pairs, their bytes or operations in blocks of 1,000 pairs
+    body, embeddings = 12 * (4 * 768**2 + 2 * 768 * 3072) + 768**2, 30522 * 768
+    token = 12 * 2 * (18 * 768 + 4 * 3072)
+    step, block = 2880 * token * 3 + 36 * (body + embeddings), 90_000 * token + 2 * body
+    operations = 1000 * (11 * 90 * (8 * 768**2 + 4 * 768 * 3072 + 4 * 768 * 90) + 90 * 4 * 768**2 + 4 * 768**2
+                         + 4 * 768 * 3072 + 4 * 768 * 90 + 2 * 768**2)
+    scoring = max(block / 3e12, operations / 800e12) / 1000
+    hours = (200_000 * step / 3e12 + 40 * 64_900 * scoring) / 3600
+    again = 44_430_000 * scoring / 3600
+    row = next(line for line in printed.splitlines() if line.startswith("| bert "))
+    assert row.split(" | ")[2] == f"{hours:.2f}" and row.split(" | ")[4] == f"{again:.2f}"
+    assert row.split(" | ")[6] == f"{16 * (body + embeddings) / 1e9:.1f} |"
+
+
+# ----------------------------------------------------------------------------------------- the card and the logs
+
+
+def test_model_card(place, tmp_path):
+    from huggingface_hub import ModelCard
+
+    out = tmp_path / "run"
+    assert command(train, "--backbone", place / "bert", "--dataset", place / "corpus", "--steps", 2, "--out", out,
+                   "--eval-every", 1, "--dtype", "float32", "--device", "cpu") == 0
+    card = ModelCard.load(out / "README.md")
+    data = card.data.to_dict()
+    assert data == {"library_name": "sentence-transformers", "pipeline_tag": "text-ranking", "license": "other",
+                    "license_name": "see-training-data", "tags": ["cross-encoder", "reranker"]}
+    parts = dict(re.findall(r"^## (.+?)\n\n(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL))
+    assert list(parts) == ["Training data", "Recipe", "Results", "Use", "Limits"]
+    assert "user's own" in parts["Training data"] and "4 lists of 8 documents" in parts["Recipe"]
+    rows = [json.loads(line) for line in open(out / "log.jsonl")]
+    best = max(row["score"] for row in rows if "score" in row)
+    assert f"| {place / 'corpus' / 'dev'} | {best:.4f} |" in parts["Results"] and "BM25" in parts["Results"]
+    assert re.search(r"\| run +\| +nDCG@10 \| +RR@10 \| +AP \|", parts["Results"])
+    assert "32 tokens" in parts["Limits"] and "256" in parts["Limits"]
+    expected = CrossEncoder.from_pretrained(out, dtype="float32", device="cpu").eval().score(["query"], ["document"])
+    ours, theirs = re.findall(r"```python\n(.*?)```", parts["Use"], re.DOTALL)
+    scope = {}
+    exec(theirs, scope)
+    assert scope["scores"].item() == pytest.approx(expected.item(), abs=1e-5)
+    pytest.importorskip("sentence_transformers")
+    exec(ours.replace("CrossEncoder(\"", "scores = CrossEncoder(\""), scope)
+    assert scope["scores"][0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_card_of_a_cell_names_its_backbone_and_the_terms_of_ms_marco(tmp_path):
+    from huggingface_hub import ModelCard
+
+    args = train.parse(["--backbone", "deberta", "--loss", "marginmse", "--out", str(tmp_path)])
+    card = ModelCard(train.model_card(args, [], ""))
+    assert card.data.base_model == "microsoft/deberta-v3-base" and card.data.datasets == ["microsoft/ms_marco"]
+    assert "non-commercial" in card.text and "ensemble-t2" in card.text and "Not validated" in card.text
+    args = train.parse(["--backbone", "tiny", "--out", str(tmp_path)])
+    card = ModelCard(train.model_card(args, [], ""))
+    assert card.data.base_model is None and "PSF" in card.text and "BSD-3-Clause" in card.text
+
+
+@pytest.mark.parametrize("log, word", [("jsonl,tensorboard", "pip install tensorboard"), ("wandb", "pip install wandb"),
+                                       ("jsonl,csv", "'csv' is none of")])
+def test_a_log_that_cannot_be_written_stops_before_anything_is_made(place, tmp_path, monkeypatch, capsys, log, word):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    assert command(train, "--backbone", place / "bert", "--dataset", place / "corpus", "--out", tmp_path / "run",
+                   "--log", log) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: --log") and word in error and not (tmp_path / "run").exists()
+
+
+def test_wandb_gets_the_rows_of_the_log(place, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("rows = []\ndef init(**how): rows.append(how)\n"
+                                       "def log(row, step): rows.append((step, row))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert command(train, "--backbone", place / "bert", "--dataset", place / "corpus", "--steps", 2, "--out",
+                   tmp_path / "run", "--log", "jsonl,wandb", "--device", "cpu") == 0
+    begun, *rows = sys.modules.pop("wandb").rows
+    assert begun["name"] == "run" and begun["config"]["loss"] == "infonce"
+    logged = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert rows == [(row["step"], row) for row in logged] and len(rows) == 3
+
+
+def test_tensorboard_gets_the_rows_of_the_log(place, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert command(train, "--backbone", place / "bert", "--dataset", place / "corpus", "--steps", 2, "--out",
+                   tmp_path / "run", "--log", "tensorboard", "--device", "cpu") == 0
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    logged = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (row["step"], pytest.approx(row["loss"])) for row in logged if "loss" in row]
