@@ -16,6 +16,7 @@ import contextlib
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -227,6 +228,34 @@ def _json_line(path: Path, number: int, line: bytes) -> dict:
 
 def _document_text(row: dict) -> str:
     return f"{row['title']} {row['text']}" if row.get("title") else row["text"]
+
+
+def downloads(dataset: str) -> list[tuple[str, int | None, str | None, bool]]:
+    """(what, bytes, md5, whether it is here) of each file behind a dataset; None: not known. Fetches and makes nothing.
+
+    ir_datasets' own list is read as a file, because importing the package already makes its folder. Sizes that count
+    rows (nano-beir) are left out. `msmarco-passage/train/docpairs` names the triples of that dataset.
+    """
+    home = Path(os.environ.get("IR_DATASETS_HOME", Path.home() / ".ir_datasets"))
+    package = Path(importlib.util.find_spec("ir_datasets").origin).parent
+    known = json.loads((package / "etc" / "downloads.json").read_text(encoding="utf-8"))
+    benchmark, _, rest = dataset.partition("/")
+    if dataset == "msmarco-passage/train":
+        parts = {"collectionandqueries": "collection.tsv", "queries": "train/queries.tsv", "train/qrels": "train/qrels"}
+    elif dataset == "msmarco-passage/train/docpairs":
+        parts = {"train/docpairs": "../teachers/docpairs.tsv"}  # where teacher.py keeps them
+    elif benchmark == "nano-beir":
+        entries = [known[benchmark][f"{rest}/{part}"] for part in ("docs", "queries", "qrels")]
+        here = all((home / benchmark / e["cache_path"]).exists() for e in entries)
+        return [(f"{dataset} (docs, queries, qrels)", None, ", ".join(e["expected_md5"] for e in entries), here)]
+    elif benchmark == "pydocs" and not Path(dataset).is_dir():
+        return []  # made here, from the packages that are installed
+    else:
+        size = sum(f.stat().st_size for f in Path(dataset).glob("*.jsonl"))
+        return [(dataset, size or None, None, Path(dataset).is_dir() or (home / benchmark).is_dir())]
+    entries = [(known[benchmark][key], path) for key, path in parts.items()]
+    return [(e["url"].rpartition("/")[2], e["size_hint"], e["expected_md5"],
+             any((home / benchmark / p).exists() for p in (e["cache_path"], path))) for e, path in entries]
 
 
 def pydocs_folder() -> Path:

@@ -83,6 +83,16 @@ PUBLISHED = {  # name: (where, file, md5)
 }
 
 
+def kept_at(name: str) -> Path:
+    """Where `published` keeps the file of that name (it need not be there), under ir_datasets' home.
+
+    The home is worked out here because importing ir_datasets would already create it.
+    """
+    home = Path(os.environ.get("IR_DATASETS_HOME", Path.home() / ".ir_datasets"))
+    path = home / "teachers" / PUBLISHED[name][1]
+    return path.with_suffix(".run") if path.suffix == ".parquet" else path
+
+
 def published(name: str) -> Path:
     """The file of a published teacher (a name of PUBLISHED), fetched at first use, checked, and kept.
 
@@ -94,11 +104,10 @@ def published(name: str) -> Path:
     """
     if name not in PUBLISHED:
         raise BadInput(f"{name}: neither a file nor the name of a published one ({', '.join(PUBLISHED)})")
-    import ir_datasets
     from ir_datasets.util import Download, RequestsDownload
 
     where, file, md5 = PUBLISHED[name]
-    path = Path(ir_datasets.util.home_path()) / "teachers" / file
+    path = kept_at(name)
     url = f"https://huggingface.co/datasets/{where}/resolve/main/{file}" if where == HUB else f"{where}/{file}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / ".lock", "w") as lock:
@@ -107,7 +116,6 @@ def published(name: str) -> Path:
             if where == "ir_datasets":
                 return path if path.exists() else _docpairs(path)
             if where == HUB:
-                path = path.with_suffix(".run")
                 return path if path.exists() else _from_parquet(file, md5, path)
             return Path(Download([RequestsDownload(url)], cache_path=str(path), expected_md5=md5).path())
         except (KeyboardInterrupt, MemoryError):

@@ -14,6 +14,7 @@ scored twice, first without gradient. --dry-run prints the plan of any command a
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -32,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from evaluate import BadInput, evaluate, markdown_table, mean
+from evaluate import SUITES, BadInput, evaluate, markdown_table, mean
 from kernels import losses
 from kernels.encoder import CrossEncoder, default_max_tokens, micro_batches, native_bf16
 from rerank import (
@@ -42,6 +43,7 @@ from rerank import (
     add_model_flags,
     atomic_write,
     candidates,
+    downloads,
     first_stage,
     first_stage_name,
     guarded,
@@ -52,28 +54,29 @@ from rerank import (
     score_run,
 )
 
-# name: (hub id, group, layers, hidden, feed-forward, heads, gated); shapes serve --dry-run alone
+# name: (hub id, group); shapes are in kernels/bench/roofline.py
 BACKBONES = {
-    "minilm": ("microsoft/MiniLM-L12-H384-uncased", "mini", 12, 384, 1536, 12, False),
-    "bert": ("bert-base-uncased", "base", 12, 768, 3072, 12, False),
-    "roberta": ("FacebookAI/roberta-base", "base", 12, 768, 3072, 12, False),
-    "electra": ("google/electra-base-discriminator", "base", 12, 768, 3072, 12, False),
-    "deberta": ("microsoft/deberta-v3-base", "base", 12, 768, 3072, 12, False),
-    "ettin-17m": ("jhu-clsp/ettin-encoder-17m", "mini", 7, 256, 384, 4, True),
-    "ettin-32m": ("jhu-clsp/ettin-encoder-32m", "mini", 10, 384, 576, 6, True),
-    "ettin-68m": ("jhu-clsp/ettin-encoder-68m", "mini", 19, 512, 768, 8, True),
-    "ettin-150m": ("jhu-clsp/ettin-encoder-150m", "base", 22, 768, 1152, 12, True),
-    "modernbert": ("answerdotai/ModernBERT-base", "base", 22, 768, 1152, 12, True),
-    "modernbert-large": ("answerdotai/ModernBERT-large", "base", 28, 1024, 2624, 16, True),
+    "minilm": ("microsoft/MiniLM-L12-H384-uncased", "mini"),
+    "bert": ("bert-base-uncased", "base"),
+    "roberta": ("FacebookAI/roberta-base", "base"),
+    "electra": ("google/electra-base-discriminator", "base"),
+    "deberta": ("microsoft/deberta-v3-base", "base"),
+    "ettin-17m": ("jhu-clsp/ettin-encoder-17m", "mini"),
+    "ettin-32m": ("jhu-clsp/ettin-encoder-32m", "mini"),
+    "ettin-68m": ("jhu-clsp/ettin-encoder-68m", "mini"),
+    "ettin-150m": ("jhu-clsp/ettin-encoder-150m", "base"),
+    "modernbert": ("answerdotai/ModernBERT-base", "base"),
+    "modernbert-large": ("answerdotai/ModernBERT-large", "base"),
 }
+PAPER_BACKBONES = [name for name in BACKBONES if not name.startswith("modernbert")]
 # arXiv 2603.03010, sections 4 and 5 of its configuration: per backbone group, and per loss the data and the lists
 GROUPS = {"base": dict(documents=32, lr=1e-5), "mini": dict(documents=64, lr=7e-6)}
 PAPER_LISTS = {"bce": "docpairs", "hinge": "docpairs", "marginmse": "ensemble-t2", "infonce": "colbert",
                "ranknet": "rankzephyr-50", "adrmse": "rankzephyr-50", "kl": "rankzephyr-50"}
+SHARED_LISTS = "hf-monoelectra"  # ColBERTv2's first 100, scored by a cross-encoder: labels and a teacher for every loss
 LIST_SIZE = {"bce": 2, "hinge": 2, "marginmse": 2, "infonce": 8, "ranknet": 50, "adrmse": 50, "kl": 50}
 FROM_TEACHER = ("marginmse", "ranknet", "adrmse", "kl")
-NANOBEIR = ("arguana", "climate-fever", "dbpedia-entity", "fever", "fiqa", "hotpotqa", "msmarco", "nfcorpus", "nq",
-            "quora", "scidocs", "scifact", "webis-touche2020")
+TOKENS = 90  # of a pair of MS MARCO on the average, for the plan's estimates
 
 
 # ------------------------------------------------------------------------------------------- what is trained on
@@ -542,7 +545,8 @@ def parse(argv=None) -> argparse.Namespace:
     data("--depth", type=int, help="candidates per query that are kept of a list (default 100)")
     data("--list-size", type=int, help="documents per list (2 for bce, hinge, marginmse; infonce 8; others 50)")
     data("--negatives", choices=["recipe", "shared"], default="recipe",
-         help="shared: every loss gets the same lists, one relevant document and list-size - 1 others")
+         help="shared: every loss gets the same lists, one relevant document and list-size - 1 others, and as many of "
+         f"them per step (MS MARCO: {SHARED_LISTS}, 8 documents)")
     data("--max-teacher-margin", type=float, metavar="X",
          help="leave out negatives that the run scores above their positive minus X (likely false negatives)")
     data("--skip-missing", action="store_true", help="leave out documents of --lists that the dataset lacks (counted)")
@@ -550,6 +554,9 @@ def parse(argv=None) -> argparse.Namespace:
     budget("--batch-size", type=int, help="queries (lists) per step")
     budget("--lr", type=float)
     budget("--steps", type=int)
+    budget("--budget", choices=["steps", "docs"], default="steps",
+           help="docs: as many steps as see the documents of --steps steps of the infonce recipe (32 a step; mini "
+           "group 64, tiny 128), whatever this loss sees per step: the losses at equal documents")
     budget("--warmup", type=int, help="steps of linear warm-up; linear decay to 0 follows")
     budget("--weight-decay", type=float, default=0.0)
     budget("--clip", type=float, default=1.0, help="largest gradient norm (default 1.0)")
@@ -580,11 +587,15 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    tiny, paper = args.backbone == "tiny", args.dataset is None and args.backbone != "tiny"
+    tiny, shared = args.backbone == "tiny", args.negatives == "shared"
     default("dataset", "pydocs" if tiny else "msmarco-passage/train")
+    paper = args.dataset == "msmarco-passage/train" and not tiny
     args.random_share = None
     if paper and not (args.lists or args.triples or args.first_stage):
-        setattr(args, "triples" if LIST_SIZE[args.loss] == 2 else "lists", PAPER_LISTS[args.loss])
+        if shared:
+            args.lists = SHARED_LISTS
+        else:
+            setattr(args, "triples" if LIST_SIZE[args.loss] == 2 else "lists", PAPER_LISTS[args.loss])
     if not (args.lists or args.triples):
         default("first_stage", "bm25")
     if tiny:
@@ -595,33 +606,42 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
         if not (args.lists or args.triples):
             args.random_share = RANDOM_SHARE
     group = GROUPS[BACKBONES[args.backbone][1] if args.backbone in BACKBONES else "base"]
-    default("list_size", 2 if args.triples else 8 if args.negatives == "shared" else LIST_SIZE[args.loss])
+    default("list_size", 2 if args.triples else 8 if shared else LIST_SIZE[args.loss])
     default("batch_size", group["documents"] if args.list_size == 2 else max(group["documents"] // args.list_size, 1))
     default("lr", group["lr"])
     default("steps", 200_000)
-    default("warmup", 5_000 if args.steps == 200_000 else args.steps // 40)
+    if args.budget == "docs":
+        documents = PRESET["batch_size"] * PRESET["list_size"] if tiny else group["documents"]
+        args.steps = math.ceil(args.steps * documents / max(args.batch_size * args.list_size, 1))
+    default("warmup", args.steps // 40)
     default("eval_every", max(args.steps // 40, min(args.steps, 100)))
     default("save_every", args.eval_every)
     config = Path(args.backbone) / "config.json"  # a model trained here knows its lengths
     known = json.loads(config.read_text()) if config.is_file() else {}
-    default("depth", 100)
+    default("depth", 500 if args.lists == "colbert" else 100)
     default("eval_depth", 100)
     default("query_length", known.get("query_length", 32))
     default("doc_length", known.get("doc_length", 256))
     default("eval_dataset", ["nanobeir"] if paper else [args.dataset.split("/")[0] + "/dev"] if tiny else None)
     default("workers", 0 if args.dataset.split("/")[0] == "pydocs" or Path(args.dataset).is_dir() else 2)
     short = "-".join(Path(args.dataset).parts[-2:]) + "-" + Path(args.backbone).name
-    default("out", Path("runs") / f"{short}-{args.loss}-seed{args.seed}")
+    ways = "-shared" * shared + "-docs" * (args.budget == "docs")
+    default("out", Path("runs") / f"{short}-{args.loss}{ways}-seed{args.seed}")
     if args.eval_dataset is None:
         folder = Path(args.dataset)
         args.eval_dataset = [str(folder / "dev")] if (folder / "qrels" / "dev.tsv").is_file() else []
     elif args.eval_dataset == ["none"]:
         args.eval_dataset = []
     elif args.eval_dataset == ["nanobeir"]:
-        args.eval_dataset = [f"nano-beir/{name}" for name in NANOBEIR]
+        args.eval_dataset = list(SUITES["nanobeir"]["NanoBEIR"].values())
     if args.dtype == "auto":
         on_gpu = args.device != "cpu" and torch.cuda.is_available()
         args.dtype = "bfloat16" if on_gpu and native_bf16("cuda") else "float32"  # on a CPU the same bits everywhere
+    for kind in args.log.split(","):
+        if kind not in ("jsonl", "tensorboard", "wandb"):
+            raise BadInput(f"--log {args.log}: {kind!r} is none of jsonl, tensorboard, wandb (commas between)")
+        if kind != "jsonl" and importlib.util.find_spec(kind) is None:
+            raise BadInput(f"--log {kind}: {kind} is not installed; pip install {kind}, or leave it out")
     for name in ("steps", "batch_size", "list_size", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
@@ -630,39 +650,60 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
 
 def compute(args, documents: int) -> list[str]:
     """A line on the operations of the run, where the backbone's shape is known (formulas: kernels/ROOFLINE.md)."""
-    if args.backbone not in BACKBONES:
-        return []
-    from kernels.bench.roofline import FLOPS, flops_per_step
+    from kernels.bench.roofline import MODELS, cell_hours, flops_per_step
 
-    _, _, layers, hidden, intermediate, heads, gated = BACKBONES[args.backbone]
-    shape = dict(hidden=hidden, layers=layers, intermediate=intermediate, heads=heads, gated=gated)
-    if gated:
-        shape |= dict(window=64, global_every=3, mean_pooled=True)
-    if args.backbone == "deberta":
-        shape |= dict(slots=512)
-    step = flops_per_step(shape, [90] * documents)
-    hours = step * args.steps / FLOPS / 3600
-    return [f"compute    {step / 1e12:.2f} TFLOP a step at 90 tokens a pair, {step * args.steps / 1e18:.2f} EFLOP in "
-            f"all: at least {hours:.1f} h of an H100 at {FLOPS / 1e12:.0f} TFLOP/s"]
+    if args.backbone not in MODELS:
+        return []
+    step = flops_per_step(MODELS[args.backbone], [TOKENS] * documents)
+    hours, _ = cell_hours(args.backbone, documents, args.steps, TOKENS)
+    return [f"compute    {step / 1e12:.2f} TFLOP a step at {TOKENS} tokens a pair, {step * args.steps / 1e18:.2f} "
+            f"EFLOP in all: never below {hours:.1f} h on an H100 in bf16 (kernels/ROOFLINE.md), validation not counted"]
+
+
+def files(args) -> list[str]:
+    """A line for each file that the run reads: size and md5 where they are known, and whether it is here already."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from kernels.bench.roofline import MODELS, parameters
+    from teacher import PUBLISHED, kept_at
+
+    rows, source = [], args.triples or args.lists  # (what, bytes, md5, is here), None where it is not known
+    if args.backbone in BACKBONES:
+        hub = BACKBONES[args.backbone][0]
+        here = [try_to_load_from_cache(hub, name) for name in ("model.safetensors", "pytorch_model.bin")]
+        size = 4 * sum(parameters(MODELS[args.backbone]))
+        rows.append((f"weights of {hub}", size, None, any(isinstance(path, str) for path in here)))
+    rows += downloads(args.dataset)
+    if source == "docpairs" and not Path(source).exists():
+        rows += downloads("msmarco-passage/train/docpairs")
+    elif source in PUBLISHED and not Path(source).exists():
+        rows.append((f"{source}: {PUBLISHED[source][1]}", None, PUBLISHED[source][2], kept_at(source).exists()))
+    elif source:
+        here = Path(source).exists()
+        rows.append((source, Path(source).stat().st_size if here else None, None, here))
+    for name in args.eval_dataset:
+        rows += downloads(name) if name.startswith("nano-beir/") else []
+    return [f"file       {what}, {f'{size / 1e9:.3f} GB' if size else 'size unknown'}, md5 {md5 or 'unknown'}, "
+            f"{'here' if here else 'not here'}" for what, size, md5, here in rows]
 
 
 def plan(args) -> str:
     """What the command would do, from the flags alone."""
     source = f"triples {args.triples}" if args.triples else f"lists {args.lists or args.first_stage}"
     documents = args.batch_size * args.list_size
+    most = args.query_length + args.doc_length + 4  # RoBERTa has four special tokens, the others three
     lines = [
         f"backbone   {args.backbone} ({BACKBONES[args.backbone][0] if args.backbone in BACKBONES else 'as given'})",
         f"loss       {args.loss}, {args.negatives} negatives",
-        f"data       {args.dataset}, {source}",
-        f"step       {args.batch_size:,} lists of {args.list_size} documents = {documents:,} documents, at most "
-        f"{documents * (args.query_length + args.doc_length + 3):,} tokens",
+        f"data       {args.dataset}, {source}, seed {args.seed}",
+        f"step       {args.batch_size:,} lists of {args.list_size} documents = {documents:,} documents, about "
+        f"{documents * TOKENS:,} tokens, at most {documents * most:,}",
         f"steps      {args.steps:,}: {args.warmup:,} of warm-up to lr {args.lr:g}, then linearly to 0; AdamW, weight "
         f"decay {args.weight_decay:g}, clip {args.clip:g}, {args.dtype}",
         f"documents  {args.steps * documents:,} in all",
         *compute(args, documents),
         f"validation {args.eval_measure} on {', '.join(args.eval_dataset) or 'nothing (the last step is kept)'} every "
-        f"{args.eval_every:,} steps",
-        f"out        {args.out}",
+        f"{args.eval_every:,} steps, BM25's first {args.eval_depth} re-ranked",
     ]
     return "\n".join(lines)
 
@@ -704,7 +745,7 @@ class Log:
         if "wandb" in kinds:
             import wandb
 
-            wandb.init(project="cross-encoder-study", name=args.out.name, config=flags(args), resume="allow")
+            wandb.init(project="cross-encoder-study", name=args.out.name, config=flags(args))
             self.writers.append(lambda row: wandb.log(row, step=row["step"]))
 
     def __call__(self, **row):
@@ -716,7 +757,7 @@ class Log:
 
 def flags(args) -> dict:
     """The flags that decide the result, as JSON: those that a resumed run must share."""
-    ways = ("out", "resume", "overwrite", "dry_run", "log", "workers", "save_every", "random_share")
+    ways = ("out", "resume", "overwrite", "dry_run", "log", "workers", "save_every", "random_share", "budget")
     return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in ways}
 
 
@@ -749,11 +790,12 @@ def train(args, rank: int, world: int) -> int:
         if other:
             raise BadInput(f"{out}: begun with other flags: {', '.join(other)}; give the same, or another --out")
     state = None
-    if begun and args.resume and (last / "checkpoint.pt").is_file():
-        state = torch.load(last / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if state["step"] >= args.steps and (out / "README.md").is_file():
+    if begun and args.resume:
+        if (out / "README.md").is_file():  # written last; so `last/` may go once a run is finished
             say(f"{out}: finished already ({args.steps:,} steps); nothing to do")
             return 0
+        if (last / "checkpoint.pt").is_file():
+            state = torch.load(last / "checkpoint.pt", map_location="cpu", weights_only=True)
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
     with rank_0_first():
@@ -875,26 +917,67 @@ def finish(args, model, history) -> None:
         "--first-stage bm25 --out reranked.run")
 
 
+def data_licence(args) -> str:
+    """Under what terms the training data stand, as far as they are known here."""
+    if args.dataset.split("/")[0] == "pydocs":
+        return ("Docstrings of installed packages, under the licences of those: Python (PSF License), numpy and torch "
+                "(BSD-3-Clause and others that they bundle), transformers (Apache-2.0).")
+    if args.dataset.startswith("msmarco"):
+        return ("MS MARCO, which Microsoft offers for non-commercial research purposes only. The lists and teacher's "
+                f"scores (`{args.triples or args.lists or args.first_stage}`) are derived from it; those that were "
+                "published name their terms where they are kept (PUBLISHED in teacher.py).")
+    if Path(args.dataset).is_dir():
+        return "A collection of the user's own; what its licence allows is for its owner to say here."
+    return f"Through ir_datasets, whose page of `{args.dataset}` names the source and its terms: https://ir-datasets.com."
+
+
 def model_card(args, history, table: str) -> str:
-    """README.md of the run folder: what it is, how it was trained, what it reaches, how to use it."""
-    base = BACKBONES[args.backbone][0] if args.backbone in BACKBONES else None
-    reached = max((score for _, score in history), default=None)
+    """README.md of the run folder, with the hub's front matter: what it is, its data and recipe, what it reaches, how
+    to use it, its limits. history: [step, score] of every validation; table: the measures on the test split."""
+    from huggingface_hub import ModelCardData
+
+    base = BACKBONES[args.backbone][0] if args.backbone in BACKBONES else args.backbone
+    fresh = args.backbone == "tiny" or Path(base).exists()
+    front = ModelCardData(
+        base_model=None if fresh else base, license="other", license_name="see-training-data",
+        datasets=["microsoft/ms_marco"] if args.dataset.startswith("msmarco") else None,
+        library_name="sentence-transformers", pipeline_tag="text-ranking", tags=["cross-encoder", "reranker"])
+    validation = "Not validated: the weights of the last step."
+    if history:  # the kept model is that of the first best score; its row of the log has the score of each set
+        best = max(history, key=lambda row: row[1])[0]
+        rows = map(json.loads, (args.out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        row = next(row for row in rows if row["step"] == best and "score" in row)
+        cells = [f"| {name} | {row[key]:.4f} |" for name, key in
+                 [*((name, name) for name in args.eval_dataset if name in row), ("mean", "score")]]
+        validation = "\n".join([f"Step {best:,} is kept; its validation on BM25's first {args.eval_depth}:", "",
+                                f"| dataset | {args.eval_measure} |", "|---|---:|", *cells])
+    if table:
+        table = f"Test split, BM25's first {args.eval_depth} and the same re-ranked:\n\n{table}"
     return f"""---
-library_name: sentence-transformers
-pipeline_tag: text-ranking
-tags: [cross-encoder, reranker, text-classification]
-{f'base_model: {base}' if base else ''}
+{front.to_yaml()}
 ---
 
 # Cross-encoder {args.backbone}, {args.loss}
 
 Re-ranks documents for a query; one raw logit per pair, higher is more relevant (no sigmoid).
 
-Trained by the recipe of arXiv 2603.03010: {plan(args)}
+## Training data
 
-{f'Best {args.eval_measure} in validation: {reached:.4f}.' if reached is not None else 'Not validated: the last step.'}
+{data_licence(args)} The model's own licence has to respect these terms and those of its backbone.
 
-{table}
+## Recipe
+
+After arXiv 2603.03010; every flag, version and checksum is in args.json.
+
+```
+{plan(args)}
+```
+
+## Results
+
+{validation}
+
+{table or "No test split beside the training data: evaluate.py judges runs on others."}
 
 ## Use
 
@@ -903,18 +986,32 @@ from sentence_transformers import CrossEncoder
 CrossEncoder("{args.out}").predict([("query", "document")])
 ```
 
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{args.out}")
+model = AutoModelForSequenceClassification.from_pretrained("{args.out}").eval()
+with torch.no_grad():
+    scores = model(**tokenizer(["query"], ["document"], return_tensors="pt")).logits[:, 0]
+```
+
 ```
 python rerank.py --model {args.out} --dataset DATASET --first-stage bm25 --out reranked.run
 ```
 
-Query cut to {args.query_length} tokens, document to {args.doc_length}. Flags, versions and data are in args.json.
+## Limits
+
+Trained on queries cut to {args.query_length} tokens and documents cut to {args.doc_length}: what stands behind is not
+seen (`rerank.py --long-docs max` scores passages). Scores order the documents of one query; they are no probabilities
+and do not compare across queries. Candidates unlike those of the training (first stage, language, domain) were not
+tested here, nor bias in what is ranked high. One seed ({args.seed}); others differ.
 """
 
 
 def main() -> int:
     args = parse()
     if args.dry_run:
-        print(plan(args))
+        print(plan(args), *files(args), f"out        {args.out}", sep="\n")
         return 0
     rank, world = join_processes()
     try:

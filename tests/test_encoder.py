@@ -49,12 +49,12 @@ ARCHITECTURES = {
 SIDES = [(0, 0), (1, 0), (5, 9), (6, 8), (2, 60), (2, 61), (2, 62), (30, 100), (32, 256), (31, 560), (1, 1)]
 
 
-def word_tokenizer(model_type):
+def word_tokenizer(model_type, words=WORDS):
     """A word-level tokenizer with the family's special tokens and its own pair template."""
     roberta = model_type == "roberta"
     pad, cls, sep, unk = ("<pad>", "<s>", "</s>", "<unk>") if roberta else ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
     first = [cls, pad, sep, unk] if roberta else [pad, cls, sep, unk]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(first + WORDS)}, unk_token=unk))
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(first + words)}, unk_token=unk))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     second = 0 if model_type in ("roberta", "modernbert") else 1
     between = f"{sep} {sep}" if roberta else sep

@@ -512,12 +512,15 @@ def test_a_rank_that_dies_ends_all(place, tmp_path):
     assert process.returncode not in (0, None)
 
 
-def test_dry_run_touches_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--backbone", "modernbert", "--loss", "infonce", "--dry-run"])
-    assert rerank.guarded(train.main) == 0
-    out = capsys.readouterr().out
+def test_dry_run_touches_nothing(tmp_path):
+    """In a process of its own, with an empty home: importing ir_datasets alone would make a folder there."""
+    argv = [sys.executable, "-B", ROOT / "train.py", "--backbone", "modernbert", "--loss", "infonce", "--dry-run"]
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "IR_DATASETS"))}
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env={**keep, "HOME": str(tmp_path)})
+    out = done.stdout
+    assert done.returncode == 0, done.stderr
     assert "200,000" in out and "4 lists of 8 documents" in out and "5,000" in out and "1e-05" in out
+    assert "file       weights of answerdotai/ModernBERT-base, 0.598 GB, md5 unknown, not here" in out
     assert not list(tmp_path.iterdir())
 
 

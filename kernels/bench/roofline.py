@@ -7,13 +7,27 @@ import argparse
 
 FLOPS, BANDWIDTH = 800e12, 3.0e12  # an H100's bf16 operations and bytes per second, as reached, not advertised
 
-MODELS = {
-    "MiniLM-L12": dict(hidden=384, layers=12, intermediate=1536, heads=12, vocab=30522),
-    "BERT-base": dict(hidden=768, layers=12, intermediate=3072, heads=12, vocab=30522),
-    "ModernBERT-base": dict(hidden=768, layers=22, intermediate=1152, heads=12, vocab=50368, gated=True, window=64,
-                            global_every=3, mean_pooled=True),
-    "DeBERTa-v3-base": dict(hidden=768, layers=12, intermediate=3072, heads=12, vocab=128100, slots=512),
-}  # fmt: skip
+def _modernbert(hidden, layers, intermediate, heads):
+    return dict(hidden=hidden, layers=layers, intermediate=intermediate, heads=heads, vocab=50368, gated=True,
+                window=64, global_every=3, mean_pooled=True)  # fmt: skip
+
+
+BASE = dict(hidden=768, layers=12, intermediate=3072, heads=12, vocab=30522)
+MODELS = {  # by train.py's names of the backbones
+    "minilm": dict(hidden=384, layers=12, intermediate=1536, heads=12, vocab=30522),
+    "bert": BASE,
+    "roberta": BASE | dict(vocab=50265),
+    "electra": BASE,
+    "deberta": BASE | dict(vocab=128100, slots=512),
+    "ettin-17m": _modernbert(256, 7, 384, 4),
+    "ettin-32m": _modernbert(384, 10, 576, 6),
+    "ettin-68m": _modernbert(512, 19, 768, 8),
+    "ettin-150m": _modernbert(768, 22, 1152, 12),
+    "modernbert": _modernbert(768, 22, 1152, 12),
+    "modernbert-large": _modernbert(1024, 28, 2624, 16),
+}
+# Queries of `evaluate.py --suite paper` (each re-ranked 1,000 deep) and of the 13 NanoBEIR sets (100 deep)
+SUITE_QUERIES, NANO_QUERIES = 6_980 + 43 + 54 + 33_234 + 3_869 + 250, 649
 
 
 def config_of(config):
@@ -115,18 +129,57 @@ def loss_flops(documents):
     return 10 * documents * documents
 
 
+def cell_hours(name, documents, steps, length=90, scored=0):
+    """(training, scoring) hours at the least on this module's card: `steps` of `documents` pairs of `length` tokens,
+    and `scored` pairs in blocks of 1,000."""
+    config, block = MODELS[name], 1000
+    step = least_seconds(flops_per_step(config, [length] * documents), bytes_per_step(config, length * documents))
+    forward = least_seconds(flops_per_step(config, [length] * block, train=False),
+                            bytes_per_step(config, length * block, train=False))  # fmt: skip
+    return step * steps / 3600, forward * scored / block / 3600
+
+
+def study(length):
+    """Prints the least hours of every cell of the paper's grid, by train.py's own recipes, as a Markdown table."""
+    import train
+
+    groups = ("bce hinge marginmse", "infonce", "ranknet adrmse")  # the losses of one group cost the same
+    print("| backbone | " + " | ".join(", ".join(g.split()) for g in groups)
+          + " | re-ranking the suite | 6 losses x 3 seeds | a run folder, GB |")  # fmt: skip
+    print("|---|" + "---:|" * (len(groups) + 3))
+    whole = 0.0
+    for name in train.PAPER_BACKBONES:
+        shown, row = [], 0.0
+        for losses in groups:
+            args = train.parse(["--backbone", name, "--loss", losses.split()[0]])
+            validated = NANO_QUERIES * args.eval_depth * (args.steps // args.eval_every)
+            documents = args.batch_size * args.list_size
+            training, validation = cell_hours(name, documents, args.steps, length, validated)
+            _, reranking = cell_hours(name, documents, args.steps, length, SUITE_QUERIES * 1000)
+            shown.append(f"{training + validation:.2f}")
+            row += 3 * len(losses.split()) * (training + validation + reranking)
+        whole += row
+        size = 16 * sum(parameters(MODELS[name])) / 1e9  # fp32 weights twice, and AdamW's two moments
+        print(f"| {name} | " + " | ".join(shown) + f" | {reranking:.2f} | {row:,.0f} | {size:.1f} |")
+    print(f"\n{len(train.PAPER_BACKBONES) * 18} runs: at least {whole:,.0f} GPU-hours.")
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="python -m kernels.bench roofline", description=__doc__.split("\n")[0])
     parser.add_argument("--queries", type=int, default=16, help="queries per step (default 16)")
     parser.add_argument("--documents", type=int, nargs="+", default=[8, 100], help="per query (default 8 100)")
     parser.add_argument("--length", type=int, default=90, help="tokens per pair (default 90)")
     parser.add_argument("--padded", type=int, default=251, help="width of a padded batch (default 251)")
+    parser.add_argument("--study", action="store_true", help="hours and disk of every cell of the paper's grid instead")
     args = parser.parse_args(argv)
+    if args.study:
+        return study(args.length)
     print("| model | documents | TFLOP | attention | tables | loss | GB | least ms (bound by) "
           "| last layer on [CLS] saves | packing saves | flash saves GB |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for documents in args.documents:
-        for name, config in MODELS.items():
+        for name in ("minilm", "bert", "modernbert", "deberta"):
+            config = MODELS[name]
             pairs = args.queries * documents
             lengths = [args.length] * pairs
             parts = _parts(config, lengths, True, True)
