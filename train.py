@@ -323,6 +323,7 @@ class Batches(torch.utils.data.Dataset):
 
     def loader(self, start: int, steps: int, workers: int) -> torch.utils.data.DataLoader:
         """Batches start..steps-1 in order, prefetched by worker processes (0: made when asked for)."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said at all, or every fork is warned of
         return torch.utils.data.DataLoader(
             self, batch_size=None, sampler=range(start, steps), num_workers=workers,
             prefetch_factor=8 if workers else None, worker_init_fn=self._reopen, persistent_workers=bool(workers),
@@ -330,6 +331,7 @@ class Batches(torch.utils.data.Dataset):
 
     def _reopen(self, _worker: int) -> None:
         self.texts.reopen()  # a document store must not share its file position with its siblings
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not forked: it would hang
         torch.set_num_threads(1)
 
 
@@ -623,7 +625,6 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
     default("query_length", known.get("query_length", 32))
     default("doc_length", known.get("doc_length", 256))
     default("eval_dataset", ["nanobeir"] if paper else [args.dataset.split("/")[0] + "/dev"] if tiny else None)
-    default("workers", 0 if args.dataset.split("/")[0] == "pydocs" or Path(args.dataset).is_dir() else 2)
     short = "-".join(Path(args.dataset).parts[-2:]) + "-" + Path(args.backbone).name
     ways = "-shared" * shared + "-docs" * (args.budget == "docs")
     default("out", Path("runs") / f"{short}-{args.loss}{ways}-seed{args.seed}")
@@ -845,7 +846,8 @@ def train(args, rank: int, world: int) -> int:
         best = max(best, result["score"])
 
     batches = Batches(source, texts, model.tokenize, args, rank, world)
-    loader = iter(batches.loader(start, args.steps, args.workers))
+    workers = (0 if texts.folder else 2) if args.workers is None else args.workers
+    loader = iter(batches.loader(start, args.steps, workers))
     bar = tqdm(total=args.steps, initial=start, desc=f"{args.backbone} {args.loss}", unit=" steps",
                disable=None if rank == 0 else True)
     model.train()

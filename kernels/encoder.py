@@ -29,8 +29,6 @@ from transformers.utils import logging as hf_logging
 
 from kernels.attention import DisentangledBias, varlen_attention
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
 
 class ModelError(ValueError):
     """A backbone, head or tokenizer that this project does not run, or that is not to be had; one line says why."""

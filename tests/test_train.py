@@ -455,6 +455,22 @@ def spawn(place, *extra, runner=(), env=None, **how):
                             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **how)
 
 
+def test_workers_tokenise_after_the_fork(place, tmp_path):
+    """Texts are tokenised before the fork too, by threads that the workers do not have; and workers change nothing."""
+    weights = []
+    for workers in (0, 2):
+        process = spawn(place, "--steps", 4, "--workers", workers, "--out", tmp_path / str(workers),
+                        env={"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"})
+        try:
+            _, error = process.communicate(timeout=120)
+        finally:
+            subprocess.run(["pkill", "-KILL", "-P", str(process.pid)])
+            process.kill()
+        assert process.returncode == 0, error[-2000:]
+        weights.append((tmp_path / str(workers) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_leave(place, tmp_path, number, code):
     process = spawn(place, "--steps", 100000, "--eval-every", 100000, "--out", tmp_path / "run")
