@@ -363,6 +363,13 @@ def test_card_of_a_cell_names_its_backbone_and_the_terms_of_ms_marco(tmp_path):
     card = ModelCard(train.model_card(args, [], ""))
     assert card.data.base_model == "microsoft/deberta-v3-base" and card.data.datasets == ["microsoft/ms_marco"]
     assert "non-commercial" in card.text and "ensemble-t2" in card.text and "Not validated" in card.text
+    history = [[5_000, 0.2], [10_000, 0.7], [15_000, 0.7], [20_000, 0.6]]
+    with open(tmp_path / "log.jsonl", "w") as log:
+        for step, score in history:
+            for row in ({"loss": 1.0}, {"score": score, "nano-beir/nq": score + 0.1 + step * 1e-6}):
+                print(json.dumps({"step": step, **row}), file=log)
+    text = train.model_card(args, history, "")
+    assert "Step 10,000 is kept" in text and "| nano-beir/nq | 0.8100 |\n| mean | 0.7000 |" in text
     args = train.parse(["--backbone", "tiny", "--out", str(tmp_path)])
     card = ModelCard(train.model_card(args, [], ""))
     assert card.data.base_model is None and "PSF" in card.text and "BSD-3-Clause" in card.text
