@@ -751,7 +751,8 @@ def test_pictures_say_what_is_absent_and_stay_legible():
 
     half = [np.full(9, 0.5)]
     table = {"bert-bce": {"x": half, "y": half}, "bert-infonce": {"x": half, "y": None}}
-    cells = [[(t.get_text(), t.get_color()) for t in axis.texts] for axis in e.plot_heatmap(plt, None, table, None).axes]
+    axes = e.plot_heatmap(plt, None, table, None).axes
+    cells = [[(t.get_text(), t.get_color()) for t in axis.texts] for axis in axes]
     assert cells == [[(".500", "white")] * 2, [(".500", "white"), ("absent", "black")]]  # equal: the darkest
     (axis,) = e.plot_bars(plt, None, table, Namespace(seed=0)).axes
     assert [(t.get_text(), round(t.get_position()[0], 9)) for t in axis.texts] == [("absent", 1.2)]
