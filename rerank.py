@@ -357,8 +357,9 @@ def splade(texts: Texts, queries: dict[str, str], depth: int, name: str, device:
 
 def best(docids: list[str], scores: np.ndarray, depth: int) -> dict[str, float]:
     """The `depth` documents of largest score above 0, in trec_eval's order: ties with the last place are sorted too."""
-    least = np.partition(scores, -depth)[-depth] if len(scores) > depth else 0.0
-    kept = np.flatnonzero((scores >= least) & (scores > 0))
+    kept = np.flatnonzero(scores > 0)  # most of a large collection has 0, and partition is slow among equals
+    if len(kept) > depth:
+        kept = kept[scores[kept] >= np.partition(scores[kept], -depth)[-depth]]
     return dict(trec_order([(docids[i], float(scores[i])) for i in kept])[:depth])
 
 
