@@ -51,8 +51,8 @@ class Layout(NamedTuple):
 
 
 RUN = Layout("TREC run", 6, 0, 2, 4, float, "qid Q0 docno rank score tag")
-QRELS = Layout("TREC qrels", 4, 0, 2, 3, int, "qid 0 docno relevance")
-BEIR = Layout("BEIR qrels", 3, 0, 1, 2, int, "query-id<TAB>corpus-id<TAB>score")
+QRELS = Layout("TREC qrels", 4, 0, 2, 3, np.int64, "qid 0 docno relevance")
+BEIR = Layout("BEIR qrels", 3, 0, 1, 2, np.int64, "query-id<TAB>corpus-id<TAB>score")
 
 
 class Columns(NamedTuple):
@@ -158,8 +158,8 @@ def read_lines(path, data, layout):
             raise BadInput(f"{where}: not UTF-8 ({e.reason}): convert the file to UTF-8") from None
         try:
             value = layout.number(text.replace("_", "?"))  # Python alone would read 1_000 as a number
-        except ValueError:
-            kind = "number" if layout is RUN else "whole number"
+        except (ValueError, OverflowError):
+            kind = "number" if layout is RUN else "whole number below 2^63"
             raise BadInput(f"{where}: `{text}` is not a {kind}: the line should be `{layout.line}`") from None
         if not np.isfinite(value):
             raise BadInput(f"{where}: document {document} of query {query} has the score {text}: it must be finite")
@@ -515,7 +515,8 @@ def latex(title, shown, letters, notes):
         label = (f"$^{{{letters[name]}}}$ " if name in letters else "") + name.translate(special)
         marks = [e.marks.replace("†", r"\dag").replace("‡", r"\ddag") for e in row.values()]
         marks = [f"$^{{{m}}}$" if m else "" for m in marks]
-        cells = [form[e.place] % e.text + m + e.between() for e, m in zip(row.values(), marks, strict=True)]
+        texts = [e.text.replace("-", "$-$") for e in row.values()]  # a hyphen is no minus sign
+        cells = [form[e.place] % t + m + e.between() for e, t, m in zip(row.values(), texts, marks, strict=True)]
         lines.append(" & ".join([label, *cells]) + r" \\")
     return "\n".join([
         "% \\usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
@@ -808,17 +809,21 @@ def plot_bars(plt, judge, table, args):
     columns = list(next(iter(table.values())))
     if len(table) > len(COLOURS):
         raise BadInput(f"--plot-kind bars is legible up to {len(COLOURS)} runs, not {len(table)}: take heatmap")
-    figure, axis = plt.subplots(figsize=(max(4.5, 1 + 0.4 * len(table) * len(columns)), 3.6))
+    figure, axis = plt.subplots(figsize=(min(7.5, max(4.5, 1 + 0.4 * len(table) * len(columns))), 3.6))
     for i, (name, row) in enumerate(table.items()):
         here = [j for j, c in enumerate(columns) if row[c] is not None]
         values = np.array([value_of(row[columns[j]]) for j in here])
         intervals = np.array([bootstrap(row[columns[j]], seed=args.seed) for j in here]).reshape(-1, 2).T
-        where, width = np.array(here) + (i - (len(table) - 1) / 2) * 0.8 / len(table), 0.74 / len(table)
+        place, width = (i - (len(table) - 1) / 2) * 0.8 / len(table), 0.74 / len(table)
+        for j in set(range(len(columns))) - set(here):
+            axis.text(j + place, 0.01, "absent", rotation=90, ha="center", va="bottom", fontsize=7)
+        where = np.array(here) + place
         axis.bar(where, values, width, label=name, color=COLOURS[i], hatch=HATCHES[i], edgecolor="white", linewidth=0)
         axis.errorbar(where, values, np.abs(intervals - values), fmt="none", ecolor="black", elinewidth=1, capsize=2)
     axis.set_xticks(range(len(columns)), columns)
+    axis.set_xlim(-0.5, len(columns) - 0.5)
     axis.set_ylabel("mean, 95 % bootstrap interval")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2 if len(columns) < 3 else 3, frameon=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return figure
 
 
@@ -831,8 +836,8 @@ def plot_heatmap(plt, judge, table, args):
     losses = [loss for loss in LOSSES if loss in {x for _, x in named.values()}]
     columns = [c for c in next(iter(table.values())) if any(table[n][c] is not None for n in named)]
     across, down = min(3, len(columns)), -(-len(columns) // 3)
-    size = across * (1.2 + 0.6 * len(losses)), down * (1.2 + 0.32 * len(backbones))
-    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    size = 1 + across * (0.1 + 0.36 * len(losses)), down * (0.9 + 0.28 * len(backbones))
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis in axes.flat[len(columns) :]:
         axis.set_visible(False)
     for axis, column in zip(axes.flat, columns, strict=False):
@@ -843,8 +848,8 @@ def plot_heatmap(plt, judge, table, args):
         axis.imshow(grid, cmap="cividis", aspect="auto")
         dark = np.nanmin(grid) + 0.42 * np.ptp(grid[~np.isnan(grid)])
         for (i, j), value in np.ndenumerate(grid):
-            colour, text = ("white" if value < dark else "black"), ("absent" if np.isnan(value) else f"{value:.3f}")
-            axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+            colour, text = ("white" if value <= dark else "black"), ("absent" if np.isnan(value) else f"{value:.3f}")
+            axis.text(j, i, text.removeprefix("0"), ha="center", va="center", fontsize=7, color=colour)
         axis.set_title(column)
         axis.set_xticks(range(len(losses)), losses, rotation=35, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(backbones)), backbones)
@@ -926,8 +931,21 @@ def picture(judge, table, args):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse whose errors are BadInput: one line, as for every other bad input."""
+
     def error(self, message):
         raise BadInput(f"{message} (see --help)")
+
+
+def at_least(least):
+    """The type of a flag that takes whole numbers from `least` on."""
+
+    def whole(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is too small: {least} or more")
+        return int(text)
+
+    return whole
 
 
 def parse_args(argv):
@@ -952,21 +970,23 @@ def parse_args(argv):
     add("--intervals", action="store_true", help="95 %% bootstrap intervals beside the values")
     add("--compare", choices=["paper"], help="the paper's nDCG@10 and the difference below each run of --suite paper")
     add("--format", choices=("markdown", "latex", "json", "csv"), default="markdown", help="default: markdown")
-    add("--digits", type=int, default=4, help="decimals (default: 4)")
+    add("--digits", type=at_least(0), default=4, help="decimals (default: 4)")
     add("--per-query", nargs="?", const="-", metavar="FILE", help="all values as TSV; without FILE to stdout alone")
     add("--plot", metavar="FILE.png", help="a picture of the first table (matplotlib)")
     add("--plot-kind", choices=PLOTS, default="bars", help="bars (default); heatmap: backbone x loss of runs named "
         "so; difference: two runs query by query; latency: against RUN.json's timing")  # fmt: skip
     add("--diff", nargs=2, metavar=("A", "B"), help="prints the queries two runs differ on, by the first measure")
-    add("--top", type=int, default=10, help="how many queries for --diff (default: 10)")
-    add("--seed", type=int, default=0, help="of bootstrap and randomisation (default: 0)")
+    add("--top", type=at_least(1), default=10, help="how many queries for --diff (default: 10)")
+    add("--seed", type=at_least(0), default=0, help="of bootstrap and randomisation (default: 0)")
     add("--overwrite", action="store_true", help="write over existing files")
     args = parser.parse_args(argv)
     if bool(args.runs) + bool(args.folder) + bool(args.diff) != 1 or bool(args.suite) != bool(args.folder):
         raise BadInput("give RUN files, or --suite NAME --runs FOLDER, or --diff A B (see --help)")
     if bool(args.dataset) + bool(args.qrels) != 1 and not (args.suite and not args.dataset):
         raise BadInput("give --dataset or --qrels, and one only (see --help)")
-    args.measures = args.measures or (["nDCG@10"] if args.suite else list(DEFAULT_MEASURES))
+    if args.diff and (args.plot or args.per_query or args.format != "markdown"):
+        raise BadInput("--diff prints Markdown alone: leave out --format, --plot and --per-query")
+    args.measures = list(dict.fromkeys(args.measures or (["nDCG@10"] if args.suite else DEFAULT_MEASURES)))
     for measure in args.measures:
         if parse_measure(measure).trec.startswith(("num_", "gm_")):
             raise BadInput(f"{measure} is not a mean over queries, as a table needs")
@@ -975,6 +995,8 @@ def parse_args(argv):
     for path in {args.plot, args.per_query} - {None, "-"}:
         if Path(path).exists() and not args.overwrite:
             raise BadInput(f"{path}: exists already: choose another name or add --overwrite")
+        if not Path(path).parent.is_dir():
+            raise BadInput(f"{path}: the folder {Path(path).parent} does not exist: make it first")
     return args
 
 

@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 import evaluate
-from evaluate import BadInput, read_qrels
+from evaluate import BadInput, at_least, read_qrels
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cross-encoder-study"
 BLOCK_PAIRS = 4096  # pairs scored, written and, after an interruption, redone together
@@ -338,7 +338,11 @@ def splade(texts: Texts, queries: dict[str, str], depth: int, name: str, device:
     from kernels.encoder import from_hub
 
     with from_hub(name):
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForMaskedLM.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise BadInput(f"{name}: no masked language model, so no SPLADE (its weights lack "
+                       f"{', '.join(sorted(loading['missing_keys'])[:3])})")
     model.eval().to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
     def encode(batch: list[str]) -> sparse.csr_array:
@@ -382,8 +386,9 @@ def splade(texts: Texts, queries: dict[str, str], depth: int, name: str, device:
 
 def best(docids: list[str], scores: np.ndarray, depth: int) -> dict[str, float]:
     """The `depth` documents of largest score above 0, in trec_eval's order: ties with the last place are sorted too."""
-    least = np.partition(scores, -depth)[-depth] if len(scores) > depth else 0.0
-    kept = np.flatnonzero((scores >= least) & (scores > 0))
+    kept = np.flatnonzero(scores > 0)  # most of a large collection has 0, and partition is slow among equals
+    if len(kept) > depth:
+        kept = kept[scores[kept] >= np.partition(scores[kept], -depth)[-depth]]
     return dict(trec_order([(docids[i], float(scores[i])) for i in kept])[:depth])
 
 
@@ -440,11 +445,10 @@ def first_stage(
 
 def line_of(run: Path, qid: str, docid: str | None = None) -> int:
     """The line of a TREC run that first names this query (and document); runs are only re-read to report an error."""
-    with gzip.open(run, "rt") if open(run, "rb").read(2) == b"\x1f\x8b" else open(run, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            field = line.split()
-            if field[0] == qid and docid in (None, field[2]):
-                return number
+    for number, line in enumerate(evaluate.read_bytes(run).decode().split("\n"), 1):
+        field = line.split()
+        if field and field[0] == qid and docid in (None, field[2]):
+            return number
     return 0
 
 
@@ -640,7 +644,9 @@ def write_run(path: str | Path, run: dict[str, dict[str, float]], tag: str = "ru
 
 
 def refuse_overwrite(path: Path, overwrite: bool) -> None:
-    """Raises BadInput where `path` exists and --overwrite was not given, or its folder does not exist."""
+    """Raises BadInput where `path` exists and --overwrite was not given, is a folder, or is to be in none."""
+    if path.is_dir():
+        raise BadInput(f"{path}: is a folder; give a file's name")
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists; give --overwrite to replace it, or another --out")
     if not path.parent.is_dir():
@@ -744,13 +750,16 @@ def write_in_blocks(
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script with a model shares."""
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", type=device_name, default="auto", metavar="auto|cpu|cuda",
+                        help="default: cuda where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="auto: bfloat16 on CUDA and, for scoring, on CPUs with native bfloat16, else float32")
-    parser.add_argument("--max-tokens", type=int, help="token budget of one micro-batch (default: measured per device)")
-    parser.add_argument("--query-length", type=int, help="tokens kept of a query (default: the model's, or 32)")
-    parser.add_argument("--doc-length", type=int, help="tokens kept of a document (default: the model's, or 256)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of everything random (default 1)")
+    parser.add_argument("--max-tokens", type=at_least(1),
+                        help="token budget of one micro-batch (default: measured per device)")
+    parser.add_argument("--query-length", type=at_least(1), help="tokens kept of a query (default: the model's, or 32)")
+    parser.add_argument("--doc-length", type=at_least(1),
+                        help="tokens kept of a document (default: the model's, or 256)")
+    parser.add_argument("--seed", type=at_least(0), default=1, help="seed of everything random (default 1)")
 
 
 def add_first_stage_flags(parser: argparse.ArgumentParser) -> None:
@@ -760,9 +769,22 @@ def add_first_stage_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-stage", type=first_stage_name, metavar="bm25|scoreddocs|splade[:MODEL]",
                         help="make the first stage: BM25, what ir_datasets ships, or SPLADE (default model: the "
                         "paper's, naver/splade-v3-distilbert)")
-    parser.add_argument("--depth", type=int, default=1000, help="candidates re-ranked per query (default 1000)")
+    parser.add_argument("--depth", type=at_least(1), default=1000, help="candidates re-ranked per query (default 1000)")
     parser.add_argument("--skip-missing", action="store_true",
                         help="leave out documents that the dataset lacks (counted) instead of stopping")
+
+
+def device_name(text: str) -> str:
+    """The value of --device: one that torch has here."""
+    if text in ("auto", "cpu"):
+        return text
+    import torch
+
+    if text.partition(":")[0] != "cuda":
+        raise argparse.ArgumentTypeError(f"{text!r}: auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text}: torch finds no CUDA device here; take cpu or auto")
+    return text
 
 
 def first_stage_name(text: str) -> str:
@@ -780,14 +802,18 @@ def model_stamp(name: str) -> str:
 
 def guarded(main: Callable[[], int]) -> int:
     """Runs a script's main: bad input ends with one line on stderr and exit code 2."""
-    from kernels.encoder import ModelError
-
     try:
         return main()
-    except (BadInput, ModelError) as e:
+    except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
-    except FileNotFoundError as e:
-        print(f"error: {e.filename}: not found", file=sys.stderr)
+    except ValueError as e:
+        from kernels.encoder import ModelError  # here, so that --help and usage errors need no torch
+
+        if not isinstance(e, ModelError):
+            raise
+        print(f"error: {e}", file=sys.stderr)
+    except OSError as e:
+        print(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
@@ -795,14 +821,14 @@ def guarded(main: Callable[[], int]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or hub id")
     add_first_stage_flags(parser)
     parser.add_argument("--out", type=Path, help="the TREC run to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     parser.add_argument("--long-docs", choices=["first", "max"], default="first",
                         help="documents beyond --doc-length: their first passage, or the best of all (MaxP)")
-    parser.add_argument("--stride", type=int, default=128, help="tokens between the starts of passages (MaxP)")
+    parser.add_argument("--stride", type=at_least(1), default=128, help="tokens between the starts of passages (MaxP)")
     parser.add_argument("--query", help="re-rank the lines of a text file for this query and print them")
     parser.add_argument("file", nargs="?", default="-", help="with --query: the file, - for stdin")
     add_model_flags(parser)
@@ -821,7 +847,10 @@ def main() -> int:
     ).eval()
     if args.query is not None:
         with open(args.file, encoding="utf-8") if args.file != "-" else contextlib.nullcontext(sys.stdin) as file:
-            lines = [line.rstrip("\n") for line in file if line.strip()]
+            try:
+                lines = [line.rstrip("\n") for line in file if line.strip()]
+            except UnicodeDecodeError:
+                raise BadInput(f"{args.file}: not UTF-8; convert the file (iconv -t UTF-8)") from None
         if not lines:
             raise BadInput(f"{args.file}: no text lines to rank")
         scores = model.score([args.query] * len(lines), lines, args.max_tokens).tolist()

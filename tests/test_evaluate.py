@@ -170,9 +170,12 @@ def test_trec_evals_own_expected_output():
         ("trec-dl-2019", "test", "teacher-rankvicuna.bm25.top100", 0.6682),
         ("trec-dl-2021", "test", "bm25.top100", 0.4458),
         ("scifact", "test", "bm25.test.top100", 0.6762),
+        ("trec-dl-2020", "test", "bm25.top100", 0.4796),
     ],
 )
 def test_published_values(folder, qrels, run, value):
+    if not (DATA / folder).is_dir():
+        pytest.skip(f"no {folder} in SHARED_DATA")
     run = e.read_columns(DATA / folder / "runs" / f"{run}.txt", e.RUN)
     for form in ("trec", "tsv"):
         judged = e.read_qrels(DATA / folder / "qrels" / f"{qrels}.{form}")
@@ -312,6 +315,7 @@ def test_qrels(tmp_path):
     for text, message in (
         ("1 0 a 2\n1 0 a 2\n", "2: document a appears twice"),
         ("1 0 a 1.5\n", "1: `1.5` is not a whole number"),
+        (f"1 0 a 1\n1 0 b {2**63}\n", f"2: `{2**63}` is not a whole number"),
         ("1 a 1\n", "1: 3 columns"),
         ("query-id\tcorpus-id\tscore\n", "1: there are no judgments"),
         ("query-id\tcorpus-id\tscore\n1\ta\n", "2: 2 columns"),
@@ -516,12 +520,19 @@ def test_latex(folder, capsys):
         capsys, "--qrels", folder / "qrels.txt", *runs, "--format", "latex", "--measures", "nDCG@10", "P@5"
     )
     assert r"\begin{tabular}{lrr}" in out and r"\toprule" in out and r"$^{c}$ a\_copy & \textbf{0." in out
+    assert r"m & $-$0.1000 \\" in e.latex("run", {"m": {"AP": e.Entry(-0.1, "-0.1000")}}, {}, [])
     assert r"\underline{0." in out and "$^{b}$" in out and "p $<$ 0.05" in out
-    if shutil.which("pdflatex"):
+    if shutil.which("kpsewhich") and subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True).stdout:
         source = folder / "x.tex"
         source.write_text(r"\documentclass{article}\usepackage{booktabs}\begin{document}" + out + r"\end{document}")
         command = ["pdflatex", "-halt-on-error", "-interaction=batchmode", "-output-directory", folder, source]
         assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_measure_named_twice_is_one_column(folder, capsys):
+    _, out, _ = script(capsys, "--qrels", folder / "qrels.txt", folder / "good.run", "--measures", "AP", "AP")
+    value = e.mean(e.evaluate(e.read_qrels(folder / "qrels.txt"), e.read_run(folder / "good.run"), ["AP"]))["AP"]
+    assert f"| good | {value:.4f} |" in out
 
 
 def test_queries_that_only_one_side_has_are_said(folder, capsys):
@@ -575,8 +586,9 @@ def test_binary_measures_on_trec_dl_take_grade_two(folder, capsys):
 
 
 @pytest.fixture
-def suite(folder):
+def suite(folder, monkeypatch):
     """runs/<model>/<dataset>.run of two models, dl19 of two seeds; qrels/ with what they need but dl20's."""
+    monkeypatch.setenv("IR_DATASETS_DL_TRIES", "1")
     runs, qrels = folder / "runs", folder / "judged"
     qrels.mkdir()
     judged = e.read_qrels(folder / "qrels.txt")
@@ -679,6 +691,11 @@ def test_the_papers_table_is_whole():
         (["--dataset", "runs", "good.run"], "runs"),
         (["--suite", "paper", "--runs", "nowhere"], "nowhere"),
         (["--suite", "nanobeir"], "--suite"),
+        (["--qrels", "qrels.txt", "good.run", "--digits", "-1"], "--digits"),
+        (["--qrels", "qrels.txt", "good.run", "--seed", "-1", "--intervals"], "--seed"),
+        (["--qrels", "qrels.txt", "--diff", "good.run", "bad.run", "--top", "0"], "--top"),
+        (["--qrels", "qrels.txt", "--diff", "good.run", "bad.run", "--plot", "x.png"], "--plot"),
+        (["--qrels", "qrels.txt", "good.run", "--per-query", "nowhere/x.tsv"], "folder nowhere"),
         (["--qrels", "qrels.txt", "good.run", "--compare", "paper"], "--compare"),
         (
             [
@@ -723,6 +740,24 @@ def test_pictures(folder, capsys):
         assert out.startswith("| run") and script(capsys, *command)[0] == 2
         again = png.read_bytes()
         assert script(capsys, *command, "--overwrite")[0] == 0 and png.read_bytes() == again
+
+
+def test_pictures_say_what_is_absent_and_stay_legible():
+    """What stands in the figures: the cells' text and its colour on the map, `absent` where a bar would be."""
+    pytest.importorskip("matplotlib").use("Agg")
+    from argparse import Namespace
+
+    import matplotlib.pyplot as plt
+
+    half = [np.full(9, 0.5)]
+    table = {"bert-bce": {"x": half, "y": half}, "bert-infonce": {"x": half, "y": None}}
+    axes = e.plot_heatmap(plt, None, table, None).axes
+    cells = [[(t.get_text(), t.get_color()) for t in axis.texts] for axis in axes]
+    assert cells == [[(".500", "white")] * 2, [(".500", "white"), ("absent", "black")]]  # equal: the darkest
+    (axis,) = e.plot_bars(plt, None, table, Namespace(seed=0)).axes
+    assert [(t.get_text(), round(t.get_position()[0], 9)) for t in axis.texts] == [("absent", 1.2)]
+    assert axis.get_xlim() == (-0.5, 1.5)
+    plt.close("all")
 
 
 def test_diff_shows_the_passages_that_moved(folder, capsys):

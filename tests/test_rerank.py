@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import toy
 
@@ -155,6 +156,8 @@ def test_splade_is_the_inner_product_of_the_term_weights(place, texts, tmp_path)
             top = rerank.trec_order(expected.items())[:7]
             assert list(got[qid]) == [d for d, _ in top], again
             assert list(got[qid].values()) == pytest.approx([s for _, s in top], rel=1e-4)
+    with pytest.raises(BadInput, match="no masked language model"):  # a head made up at random would score at random
+        rerank.first_stage(texts, None, f"splade:{place / 'model'}", 7)
 
 
 def test_ties_go_by_docid_descending():
@@ -171,6 +174,10 @@ def test_ids_of_a_run_are_checked(tmp_path, texts):
     file.write_text("q1 Q0 d1 1 2.0 x\nq99 Q0 d2 2 1.0 x\n")
     with pytest.raises(BadInput, match=r"first.run:2: query 'q99'"):
         rerank.first_stage(texts, file, None, 10)
+    packed = tmp_path / "first.run.zst"  # also packed, and with an empty line on the way
+    packed.write_bytes(pa.compress(b"q1 Q0 d1 1 2.0 x\n\nq99 Q0 d2 2 1.0 x\n", "zstd", asbytes=True))
+    with pytest.raises(BadInput, match=r"first.run.zst:3: query 'q99'"):
+        rerank.first_stage(texts, packed, None, 10)
 
 
 def test_depth_cuts_by_score_not_by_line(tmp_path, texts):
@@ -354,14 +361,31 @@ def test_query_form(place, tmp_path, monkeypatch, capsys, model):
     (["--model", "MODEL", "--dataset", "no/such", "--first-stage", "bm25", "--out", "x.run"], "no/such"),
     (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "gone/x.run"], "gone"),
     (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "scoreddocs", "--out", "x.run"], "scoreddocs"),
+    (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm26", "--out", "x.run"], "'bm26'"),
+    (["--model", "MODEL", "--dataset", "CORPUS", "--out", "x.run"], "either --run FILE or --first-stage"),
+    (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "."], "folder"),
+    (["--model", "MODEL", "--query", "x", "."], "directory"),
+    (["--model", "MODEL", "--query", "x", "MODEL/model.safetensors"], "UTF-8"),
+    (["--model", "MODEL", "--query", "x", "f", "--device", "tpu"], "auto, cpu or cuda"),
+    *((["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "x.run", flag, "0"], flag)
+      for flag in ("--depth", "--stride", "--doc-length", "--query-length", "--max-tokens")),
 ])
 def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, capsys, argv, word):
     monkeypatch.chdir(tmp_path)
-    names = {"MODEL": place / "model", "CORPUS": place / "corpus"}
+    names = {"MODEL": place / "model", "CORPUS": place / "corpus",
+             "MODEL/model.safetensors": place / "model" / "model.safetensors"}
     assert run(monkeypatch, *[names.get(a, a) for a in argv]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("error: ") and word in error
     assert not list(tmp_path.iterdir())
+
+
+def test_help_and_usage_errors_need_no_torch():
+    for script in ("rerank", "teacher"):
+        for flag, status in (("--help", 0), ("--nonsense", 2)):
+            done = subprocess.run([sys.executable, "-X", "importtime", f"{script}.py", flag], capture_output=True,
+                                  text=True, timeout=100, cwd=Path(rerank.__file__).parent)
+            assert done.returncode == status and "| numpy\n" in done.stderr and "| torch\n" not in done.stderr
 
 
 def test_known_first_stage_of_scifact(shared_data):

@@ -179,9 +179,20 @@ def test_usage(place, monkeypatch, tmp_path, capsys):
     assert ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run") == 2
     assert "exists" in capsys.readouterr().err and (tmp_path / "t.run").read_text() == "mine"
     for more in ([], ["--run", place / "first.run", "--first-stage", "bm25"]):
-        with pytest.raises(SystemExit) as e:
-            ensemble(monkeypatch, place, tmp_path / "u.run", *more)
-        assert e.value.code == 2
+        assert ensemble(monkeypatch, place, tmp_path / "u.run", *more) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: give one of --run FILE") and error.count("\n") == 1
+    for command, flag, value in (
+        ("listwise", "--depth", 0), ("listwise", "--batch-size", 0), ("listwise", "--concurrency", 0),
+        ("listwise", "--retries", -1), ("listwise", "--passage-words", 0), ("listwise", "--device", "tpu"),
+        ("listwise", "--model", "no/such"), ("listwise", "--endpoint", "host:80"), ("listwise", "--window", 1),
+        ("pointwise", "--doc-length", 0), ("pointwise", "--device", "tpu"), ("cross-encoder", "--device", "tpu"),
+    ):
+        assert run(monkeypatch, teacher, command, "--model", "m", "--dataset", place / "corpus", "--run",
+                   place / "first.run", "--out", tmp_path / "u.run", flag, value) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and str(value) in error
+    assert [p.name for p in tmp_path.iterdir()] == ["t.run"]  # the next try, with other flags, finds nothing begun
 
 
 # --------------------------------------------------------------------------------------------------- local servers
@@ -650,9 +661,9 @@ def test_depth_and_bad_windows(graded, serve, monkeypatch, tmp_path, capsys):
     url, seen = serve(lambda handler, number, body: completion(handler, perfect(body)))
     assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--depth", 15) == 0
     assert read_run(tmp_path / "t.run") == expected(graded, depth=15)
-    for flags in (["--stride", 11], ["--window", 1, "--stride", 1], ["--stride", 0]):
+    for flags, what in ((["--stride", 11], "stride <= window"), (["--stride", 0], "--stride")):
         assert llm(monkeypatch, graded, url, tmp_path / "u.run", *flags) == 2
-        assert "stride <= window" in capsys.readouterr().err
+        assert what in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------- language models
