@@ -13,9 +13,11 @@ An interrupted run continues where it stopped when the same command is given aga
 
 import argparse
 import contextlib
+import errno
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -33,11 +35,12 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 import evaluate
-from evaluate import BadInput, read_qrels
+from evaluate import BadInput, Parser, read_qrels
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cross-encoder-study"
 BLOCK_PAIRS = 4096  # pairs scored, written and, after an interruption, redone together
 MARK = "# # # # # #\n"  # behind every whole block of an unfinished run
+FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)  # of a disk or quota
 
 
 def say(message: str) -> None:
@@ -411,11 +414,10 @@ def first_stage(
 
 def line_of(run: Path, qid: str, docid: str | None = None) -> int:
     """The line of a TREC run that first names this query (and document); runs are only re-read to report an error."""
-    with gzip.open(run, "rt") if open(run, "rb").read(2) == b"\x1f\x8b" else open(run, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            field = line.split()
-            if field[0] == qid and docid in (None, field[2]):
-                return number
+    for number, line in enumerate(evaluate.read_bytes(run).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        field = line.decode().split()
+        if field and field[0] == qid and docid in (None, field[2]):
+            return number
     return 0
 
 
@@ -586,10 +588,10 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
     """A text file that appears under its name complete and on the disk, or not at all (gzip if named .gz)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with gzip.open(temporary, "wt", encoding="utf-8") if path.suffix == ".gz" else open(
-            temporary, "w", encoding="utf-8"
-        ) as file:
-            yield file
+        with open(temporary, "wb") as raw:  # no name and no time in the gzip header: same content, same bytes
+            binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
+            with io.TextIOWrapper(binary, encoding="utf-8") as file:
+                yield file
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -611,7 +613,9 @@ def write_run(path: str | Path, run: dict[str, dict[str, float]], tag: str = "ru
 
 
 def refuse_overwrite(path: Path, overwrite: bool) -> None:
-    """Raises BadInput where `path` exists and --overwrite was not given, or its folder does not exist."""
+    """Raises BadInput where `path` exists and --overwrite was not given, or no file can be made there."""
+    if path.is_dir():
+        raise BadInput(f"{path}: a folder; --out names the file to write")
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists; give --overwrite to replace it, or another --out")
     if not path.parent.is_dir():
@@ -680,7 +684,8 @@ def write_in_blocks(
         os.truncate(part, keep)
         say(f"{part}: going on after {done:,} of {len(mine):,} blocks")
     else:
-        part.write_text(header, encoding="utf-8")
+        with atomic_write(part) as file:  # a part without its whole header could not be told from another command's
+            file.write(header)
     total = sum(len(run[q]) for b in mine for q in b)
     skipped = sum(len(run[q]) for b in mine[:done] for q in b)
     with (
@@ -715,12 +720,14 @@ def write_in_blocks(
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script with a model shares."""
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", default="auto", type=device_name, metavar="auto|cpu|cuda",
+                        help="default auto: cuda where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="auto: bfloat16 on CUDA and on CPUs with native bfloat16, else float32")
-    parser.add_argument("--max-tokens", type=int, help="token budget of one micro-batch (default: measured per device)")
-    parser.add_argument("--query-length", type=int, help="tokens kept of a query (default: the model's, or 32)")
-    parser.add_argument("--doc-length", type=int, help="tokens kept of a document (default: the model's, or 256)")
+                        help="default auto: bfloat16 on CUDA and on CPUs with native bfloat16, else float32")
+    parser.add_argument("--max-tokens", type=positive, help="token budget of one micro-batch (default: measured per "
+                        "device)")
+    parser.add_argument("--query-length", type=positive, help="tokens kept of a query (default: the model's, or 32)")
+    parser.add_argument("--doc-length", type=positive, help="tokens kept of a document (default: the model's, or 256)")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything random (default 1)")
 
 
@@ -731,9 +738,28 @@ def add_first_stage_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-stage", type=first_stage_name, metavar="bm25|scoreddocs|splade[:MODEL]",
                         help="make the first stage: BM25, what ir_datasets ships, or SPLADE (default model: the "
                         "paper's, naver/splade-v3-distilbert)")
-    parser.add_argument("--depth", type=int, default=1000, help="candidates re-ranked per query (default 1000)")
+    parser.add_argument("--depth", type=positive, default=1000, help="candidates re-ranked per query (default 1000)")
     parser.add_argument("--skip-missing", action="store_true",
                         help="leave out documents that the dataset lacks (counted) instead of stopping")
+
+
+def positive(text: str) -> int:
+    """A flag's value: a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of 1 or more")
+    return int(text)
+
+
+def device_name(text: str) -> str:
+    """The value of --device; a card that is asked for and not there is an error, not a slower run."""
+    if text not in ("auto", "cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r}: auto, cpu or cuda")
+    if text == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("torch sees no CUDA device here; give auto or cpu")
+    return text
 
 
 def first_stage_name(text: str) -> str:
@@ -751,35 +777,54 @@ def model_stamp(name: str) -> str:
 
 def guarded(main: Callable[[], int]) -> int:
     """Runs a script's main: bad input ends with one line on stderr and exit code 2."""
-    from kernels.encoder import ModelError
-
     try:
-        return main()
-    except (BadInput, ModelError) as e:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
     except FileNotFoundError as e:
         print(f"error: {e.filename}: not found", file=sys.stderr)
+    except BrokenPipeError:  # who read the results has seen enough (head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        if not e.filename and e.errno not in FULL:
+            raise
+        hint = "; free some space and give the same command again: it goes on from what is written"
+        print(f"error: {e.filename or 'cannot write'}: {e.strerror}{hint * (e.errno in FULL)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
+    except ValueError as e:
+        from kernels.encoder import ModelError  # here: --help and usage errors need no torch
+
+        if not isinstance(e, ModelError):
+            raise
+        print(f"error: {e}", file=sys.stderr)
     return 2
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or hub id")
     add_first_stage_flags(parser)
     parser.add_argument("--out", type=Path, help="the TREC run to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     parser.add_argument("--long-docs", choices=["first", "max"], default="first",
-                        help="documents beyond --doc-length: their first passage, or the best of all (MaxP)")
-    parser.add_argument("--stride", type=int, default=128, help="tokens between the starts of passages (MaxP)")
+                        help="documents beyond --doc-length: their first passage (default), or the best of all (MaxP)")
+    parser.add_argument("--stride", type=positive, default=128,
+                        help="tokens between the starts of passages (MaxP; default 128)")
     parser.add_argument("--query", help="re-rank the lines of a text file for this query and print them")
-    parser.add_argument("file", nargs="?", default="-", help="with --query: the file, - for stdin")
+    parser.add_argument("file", nargs="?", default="-", help="with --query: the file, - for stdin (default -)")
     add_model_flags(parser)
     args = parser.parse_args()
     from kernels.encoder import CrossEncoder  # here, so that --help and usage errors need no torch
 
+    if args.query is not None and (args.dataset or args.run or args.first_stage or args.out):
+        parser.error("--query ranks the lines of a file: no --dataset, --run, --first-stage or --out with it")
+    if args.query is None and args.file != "-":
+        parser.error(f"{args.file}: a file of lines goes with --query TEXT")
     if args.query is None:
         if not (args.dataset and args.out):
             parser.error("--dataset and --out are needed (or --query TEXT FILE)")
@@ -791,8 +836,13 @@ def main() -> int:
         args.model, dtype=args.dtype, device=args.device, query_length=args.query_length, doc_length=args.doc_length
     ).eval()
     if args.query is not None:
-        with open(args.file, encoding="utf-8") if args.file != "-" else contextlib.nullcontext(sys.stdin) as file:
-            lines = [line.rstrip("\n") for line in file if line.strip()]
+        data = evaluate.read_bytes(args.file) if args.file != "-" else sys.stdin.buffer.read()
+        lines = []
+        for number, line in enumerate(data.split(b"\n"), 1):
+            try:
+                lines += [line.decode().rstrip("\r")] if line.strip() else []
+            except UnicodeDecodeError:
+                raise BadInput(f"{args.file}:{number}: not UTF-8; convert the file (iconv -t UTF-8)") from None
         if not lines:
             raise BadInput(f"{args.file}: no text lines to rank")
         scores = model.score([args.query] * len(lines), lines, args.max_tokens).tolist()

@@ -41,17 +41,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from evaluate import BadInput
+from evaluate import BadInput, Parser
 from rerank import (
     PairScorer,
     Texts,
     add_first_stage_flags,
     add_model_flags,
     atomic_write,
+    device_name,
     first_stage,
     guarded,
     join_processes,
     model_stamp,
+    positive,
     refuse_overwrite,
     run_lines,
     say,
@@ -829,7 +831,7 @@ def pointwise(args) -> None:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, does, model, **how):
@@ -855,29 +857,31 @@ def parse(argv=None) -> argparse.Namespace:
                   "or by any server that speaks OpenAI's chat completions. Greedy; answers out of form are repaired as "
                   "RankGPT does and counted. Score: depth - rank + 1. OUT.answers-RANK.jsonl keeps every answer.",
                   "model folder or hub id; with --endpoint, the server's name of the model")
-    sub.add_argument("--depth", type=int, default=100, help="candidates ranked per query (default 100)")
+    sub.add_argument("--depth", type=positive, default=100, help="candidates ranked per query (default 100)")
     sub.add_argument("--window", type=int, default=20, help="passages in one prompt (default 20)")
     sub.add_argument("--stride", type=int, default=10, help="places between windows (default 10)")
     sub.add_argument("--prompt", choices=sorted(PROMPTS), default="rankzephyr", help="whose (default rankzephyr)")
-    sub.add_argument("--passage-words", type=int, default=300, help="words kept of a passage (default 300); fewer "
+    sub.add_argument("--passage-words", type=positive, default=300, help="words kept of a passage (default 300); fewer "
                      "where the window would not fit the model's context (counted)")
-    sub.add_argument("--answer-tokens", type=int, help="longest answer (default: what a full permutation takes; give "
-                     "more to a model that reasons first)")
-    sub.add_argument("--batch-size", type=int, default=8, help="queries whose windows share a batch (default 8)")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda (default: cuda where there is one)")
-    sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on CUDA")
+    sub.add_argument("--answer-tokens", type=positive, help="longest answer (default: what a full permutation takes; "
+                     "give more to a model that reasons first)")
+    sub.add_argument("--batch-size", type=positive, default=8, help="queries whose windows share a batch (default 8)")
+    sub.add_argument("--device", default="auto", type=device_name, metavar="auto|cpu|cuda",
+                     help="default auto: cuda where there is one")
+    sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                     help="default auto: bfloat16 on CUDA, else float32")
     sub.add_argument("--seed", type=int, default=1, help="sent to the server; decoding here is greedy (default 1)")
     sub.add_argument("--endpoint", metavar="URL", help="http://HOST:PORT/v1 of a server; its key, if it wants one, is "
                      "read from the environment variable OPENAI_API_KEY alone")
-    sub.add_argument("--concurrency", type=int, default=16, help="requests in flight to the server (default 16)")
+    sub.add_argument("--concurrency", type=positive, default=16, help="requests in flight to the server (default 16)")
     sub.add_argument("--timeout", type=float, default=120, help="seconds until a request is tried again (default 120)")
     sub.add_argument("--retries", type=int, default=8, help="further tries, 1, 2, 4, ... seconds apart (default 8)")
 
     sub = command("pointwise", "logit(yes) - logit(no) of a causal or seq2seq language model for each pair: monoT5, "
                   "Qwen3-Reranker, or any chat model.", "model folder or hub id")
     add_model_flags(sub)
-    sub.add_argument("--query-length", type=int, default=64, help="tokens kept of a query (default 64)")
-    sub.add_argument("--doc-length", type=int, default=384, help="tokens kept of a document (default 384)")
+    sub.add_argument("--query-length", type=positive, default=64, help="tokens kept of a query (default 64)")
+    sub.add_argument("--doc-length", type=positive, default=384, help="tokens kept of a document (default 384)")
     sub.add_argument("--template", choices=["monot5", "qwen3", "chat"], help="default: monot5 for seq2seq models, "
                      "qwen3 where the tokenizer has <think>, else chat: its own chat template")
     sub.add_argument("--answers", nargs=2, metavar=("YES", "NO"), help="words of one token (default true false for "

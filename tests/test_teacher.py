@@ -179,9 +179,9 @@ def test_usage(place, monkeypatch, tmp_path, capsys):
     assert ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run") == 2
     assert "exists" in capsys.readouterr().err and (tmp_path / "t.run").read_text() == "mine"
     for more in ([], ["--run", place / "first.run", "--first-stage", "bm25"]):
-        with pytest.raises(SystemExit) as e:
-            ensemble(monkeypatch, place, tmp_path / "u.run", *more)
-        assert e.value.code == 2
+        assert ensemble(monkeypatch, place, tmp_path / "u.run", *more) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: give one of --run") and error.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------------------- local servers
