@@ -13,10 +13,12 @@ An interrupted run continues where it stopped when the same command is given aga
 
 import argparse
 import contextlib
+import errno
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -34,11 +36,12 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 import evaluate
-from evaluate import BadInput, at_least, read_qrels
+from evaluate import BadInput, Parser, at_least, read_qrels
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cross-encoder-study"
 BLOCK_PAIRS = 4096  # pairs scored, written and, after an interruption, redone together
 MARK = "# # # # # #\n"  # behind every whole block of an unfinished run
+FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)  # of a disk or quota
 
 
 def say(message: str) -> None:
@@ -445,8 +448,8 @@ def first_stage(
 
 def line_of(run: Path, qid: str, docid: str | None = None) -> int:
     """The line of a TREC run that first names this query (and document); runs are only re-read to report an error."""
-    for number, line in enumerate(evaluate.read_bytes(run).decode().split("\n"), 1):
-        field = line.split()
+    for number, line in enumerate(evaluate.read_bytes(run).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        field = line.decode().split()
         if field and field[0] == qid and docid in (None, field[2]):
             return number
     return 0
@@ -619,10 +622,10 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
     """A text file that appears under its name complete and on the disk, or not at all (gzip if named .gz)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with gzip.open(temporary, "wt", encoding="utf-8") if path.suffix == ".gz" else open(
-            temporary, "w", encoding="utf-8"
-        ) as file:
-            yield file
+        with open(temporary, "wb") as raw:  # no name and no time in the gzip header: same content, same bytes
+            binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
+            with io.TextIOWrapper(binary, encoding="utf-8") as file:
+                yield file
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -644,9 +647,9 @@ def write_run(path: str | Path, run: dict[str, dict[str, float]], tag: str = "ru
 
 
 def refuse_overwrite(path: Path, overwrite: bool) -> None:
-    """Raises BadInput where `path` exists and --overwrite was not given, is a folder, or is to be in none."""
+    """Raises BadInput where `path` exists and --overwrite was not given, or no file can be made there."""
     if path.is_dir():
-        raise BadInput(f"{path}: is a folder; give a file's name")
+        raise BadInput(f"{path}: a folder; --out names the file to write")
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists; give --overwrite to replace it, or another --out")
     if not path.parent.is_dir():
@@ -715,7 +718,8 @@ def write_in_blocks(
         os.truncate(part, keep)
         say(f"{part}: going on after {done:,} of {len(mine):,} blocks")
     else:
-        part.write_text(header, encoding="utf-8")
+        with atomic_write(part) as file:  # a part without its whole header could not be told from another command's
+            file.write(header)
     total = sum(len(run[q]) for b in mine for q in b)
     skipped = sum(len(run[q]) for b in mine[:done] for q in b)
     with (
@@ -775,15 +779,14 @@ def add_first_stage_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def device_name(text: str) -> str:
-    """The value of --device: one that torch has here."""
-    if text in ("auto", "cpu"):
-        return text
-    import torch
-
-    if text.partition(":")[0] != "cuda":
+    """The value of --device; a card that is asked for and not there is an error, not a slower run."""
+    if text not in ("auto", "cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text!r}: auto, cpu or cuda")
-    if not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text}: torch finds no CUDA device here; take cpu or auto")
+    if text == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError("torch sees no CUDA device here; give auto or cpu")
     return text
 
 
@@ -803,38 +806,53 @@ def model_stamp(name: str) -> str:
 def guarded(main: Callable[[], int]) -> int:
     """Runs a script's main: bad input ends with one line on stderr and exit code 2."""
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
+    except FileNotFoundError as e:
+        print(f"error: {e.filename}: not found", file=sys.stderr)
+    except BrokenPipeError:  # who read the results has seen enough (head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        if not e.filename and e.errno not in FULL:
+            raise
+        hint = "; free some space and give the same command again: it goes on from what is written"
+        print(f"error: {e.filename or 'cannot write'}: {e.strerror}{hint * (e.errno in FULL)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
     except ValueError as e:
-        from kernels.encoder import ModelError  # here, so that --help and usage errors need no torch
+        from kernels.encoder import ModelError  # here: --help and usage errors need no torch
 
         if not isinstance(e, ModelError):
             raise
         print(f"error: {e}", file=sys.stderr)
-    except OSError as e:
-        print(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
     return 2
 
 
 def main() -> int:
-    parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or hub id")
     add_first_stage_flags(parser)
     parser.add_argument("--out", type=Path, help="the TREC run to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
     parser.add_argument("--long-docs", choices=["first", "max"], default="first",
-                        help="documents beyond --doc-length: their first passage, or the best of all (MaxP)")
-    parser.add_argument("--stride", type=at_least(1), default=128, help="tokens between the starts of passages (MaxP)")
+                        help="documents beyond --doc-length: their first passage (default), or the best of all (MaxP)")
+    parser.add_argument("--stride", type=at_least(1), default=128,
+                        help="tokens between the starts of passages (MaxP; default 128)")
     parser.add_argument("--query", help="re-rank the lines of a text file for this query and print them")
-    parser.add_argument("file", nargs="?", default="-", help="with --query: the file, - for stdin")
+    parser.add_argument("file", nargs="?", default="-", help="with --query: the file, - for stdin (default -)")
     add_model_flags(parser)
     args = parser.parse_args()
     from kernels.encoder import CrossEncoder  # here, so that --help and usage errors need no torch
 
+    if args.query is not None and (args.dataset or args.run or args.first_stage or args.out):
+        parser.error("--query ranks the lines of a file: no --dataset, --run, --first-stage or --out with it")
+    if args.query is None and args.file != "-":
+        parser.error(f"{args.file}: a file of lines goes with --query TEXT")
     if args.query is None:
         if not (args.dataset and args.out):
             parser.error("--dataset and --out are needed (or --query TEXT FILE)")
@@ -846,11 +864,13 @@ def main() -> int:
         args.model, dtype=args.dtype, device=args.device, query_length=args.query_length, doc_length=args.doc_length
     ).eval()
     if args.query is not None:
-        with open(args.file, encoding="utf-8") if args.file != "-" else contextlib.nullcontext(sys.stdin) as file:
+        data = evaluate.read_bytes(args.file) if args.file != "-" else sys.stdin.buffer.read()
+        lines = []
+        for number, line in enumerate(data.split(b"\n"), 1):
             try:
-                lines = [line.rstrip("\n") for line in file if line.strip()]
+                lines += [line.decode().rstrip("\r")] if line.strip() else []
             except UnicodeDecodeError:
-                raise BadInput(f"{args.file}: not UTF-8; convert the file (iconv -t UTF-8)") from None
+                raise BadInput(f"{args.file}:{number}: not UTF-8; convert the file (iconv -t UTF-8)") from None
         if not lines:
             raise BadInput(f"{args.file}: no text lines to rank")
         scores = model.score([args.query] * len(lines), lines, args.max_tokens).tolist()

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -31,13 +32,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from evaluate import SUITES, BadInput, evaluate, markdown_table, mean
+from evaluate import SUITES, BadInput, Parser, at_least, evaluate, markdown_table, mean, parse_measure
 from kernels import losses
 from kernels.encoder import CrossEncoder, default_max_tokens, micro_batches, native_bf16
 from rerank import (
     CACHE,
+    FULL,
     DocumentTokens,
     Texts,
     add_model_flags,
@@ -172,7 +175,10 @@ class Triples:
     def item(self, i: int, seed) -> tuple[str, list[str], list[float]]:
         """(qid, [positive, negative], their targets) of line i."""
         start, end = int(self.offsets[i]), int(self.offsets[i + 1])
-        field = os.pread(self.file.fileno(), end - start, start).decode().rstrip("\r\n").split("\t")
+        try:
+            field = os.pread(self.file.fileno(), end - start, start).decode().rstrip("\r\n").split("\t")
+        except UnicodeDecodeError:
+            raise BadInput(f"{self.path}:{i + 1}: not UTF-8; convert the file (iconv -t UTF-8)") from None
         if self.columns == 3:
             return field[0], field[1:], [1.0, 0.0]
         try:
@@ -298,7 +304,16 @@ class Batches(torch.utils.data.Dataset):
         return [(int(row), *self.source.item(int(row), (self.seed, int(i))))
                 for i, row in zip(index, rows, strict=True)]
 
-    def __getitem__(self, k: int) -> dict:
+    def __getitem__(self, k: int) -> dict | BadInput:
+        """Batch k; in a worker process bad input is handed over, as torch would wrap what is raised in a traceback."""
+        try:
+            return self.make(k)
+        except BadInput as e:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return e
+
+    def make(self, k: int) -> dict:
         items = self.ids(k)
         width = max(len(docids) for _, _, docids, _ in items)
         targets = torch.zeros(len(items), width)
@@ -331,8 +346,10 @@ class Batches(torch.utils.data.Dataset):
 
     def _reopen(self, _worker: int) -> None:
         self.texts.reopen()  # a document store must not share its file position with its siblings
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not forked: it would hang
         torch.set_num_threads(1)
+        # the threads of the tokenizer did not live through the fork: waiting for them would never end
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.setpgid(0, 0)  # Ctrl-C and torchrun's SIGTERM go to the whole group; the step in hand needs its batches
 
 
 def hash_of(*numbers: int) -> int:
@@ -443,35 +460,50 @@ class Validation:
         self.measure, self.rank, self.world, self.sets = measure, rank, world, []
         for name in names:
             texts = Texts(name, split="dev")
+            if not any(q in texts.qrels for q in texts.queries):
+                raise BadInput(f"--eval-dataset {name}: has no relevance judgments to measure by")
             run = first_stage(texts, None, "bm25", depth)
             chosen = list(texts.queries)[:queries] if queries else list(texts.queries)
             texts.qrels = {q: texts.qrels[q] for q in chosen}
             self.sets.append((name, texts, {q: run.get(q, {}) for q in chosen}))
 
     def __call__(self, model, max_tokens=None) -> dict:
-        """{"score": mean of the measure over datasets, "collapsed": all scores equal, NAME: measure, ...}"""
-        result, low, high = {}, math.inf, -math.inf
+        """{"score": mean of the measure over datasets, "collapsed": one of them is, NAME: measure, ...}"""
+        result, flat = {}, False
         for name, texts, run in self.sets:
             scores = score_run(model, texts, {q: run[q] for q in list(run)[self.rank :: self.world]}, max_tokens)
             if self.world > 1:
                 shares = [None] * self.world
                 dist.all_gather_object(shares, scores)
                 scores = {q: ranked for share in shares for q, ranked in share.items()}
-            values = [s for ranked in scores.values() for s in ranked.values()]
-            low, high = min([low, *values]), max([high, *values])
+            flat |= collapsed(scores)
             result[name] = mean(evaluate(texts.qrels, scores, [self.measure]))[self.measure]
-        return {"score": sum(result.values()) / len(result), "collapsed": high - low <= 1e-6, **result}
+        return {"score": sum(result.values()) / len(result), "collapsed": flat, **result}
+
+
+def collapsed(run: dict) -> bool:
+    """Whether all scores of a run are equal within 1e-6: a ranking of nothing, whatever its measures say."""
+    values = [s for ranked in run.values() for s in ranked.values()]
+    return len(values) > 1 and max(values) - min(values) <= 1e-6
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Writes folder/checkpoint.pt: the old one stays until the new one is whole and on the disk."""
     folder.mkdir(exist_ok=True)
     temporary = folder / "checkpoint.pt.new"
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / "checkpoint.pt")
+    try:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError:  # torch's words for a write that was cut short: on a full disk the next one says so
+                file.write(bytes(1 << 20))
+                file.flush()
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / "checkpoint.pt")
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(folder)
 
 
@@ -479,12 +511,18 @@ def save_model(model: CrossEncoder, folder: Path) -> None:
     """The model in Hugging Face's layout, each file put in place whole, the weights last."""
     temporary = folder / ".model.new"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    for file in sorted(temporary.iterdir(), key=lambda f: f.suffix == ".safetensors"):
-        with open(file, "rb+") as opened:
-            os.fsync(opened.fileno())
-        os.replace(file, folder / file.name)
-    temporary.rmdir()
+    try:
+        model.save_pretrained(temporary)
+        for file in sorted(temporary.iterdir(), key=lambda f: f.suffix == ".safetensors"):
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+            os.replace(file, folder / file.name)
+    except SafetensorError as e:  # it wraps the system's errors, of which only the words are left
+        if number := re.search(r"os error (\d+)", str(e)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder)
 
 
@@ -531,7 +569,7 @@ def open_source(args, texts):
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--backbone", default="tiny", help=f"tiny, {', '.join(BACKBONES)}, or a hub id or folder of BERT, RoBERTa, "
         "ELECTRA, DeBERTa-v3 or ModernBERT kind (default tiny)")
@@ -544,42 +582,61 @@ def parse(argv=None) -> argparse.Namespace:
     data("--triples", help="TSV: qid pos neg, or pos_score neg_score qid pos_pid neg_pid; or ensemble-t2, ensemble-t1")
     data("--first-stage", type=first_stage_name, metavar="bm25|scoreddocs|splade[:MODEL]",
          help="make the lists (default bm25 where none are given)")
-    data("--depth", type=int, help="candidates per query that are kept of a list (default 100)")
-    data("--list-size", type=int, help="documents per list (2 for bce, hinge, marginmse; infonce 8; others 50)")
+    data("--depth", type=at_least(1), help="candidates per query that are kept of a list (default 100)")
+    data("--list-size", type=at_least(1), help="documents per list (2 for bce, hinge, marginmse; infonce 8; others 50)")
     data("--negatives", choices=["recipe", "shared"], default="recipe",
          help="shared: every loss gets the same lists, one relevant document and list-size - 1 others, and as many of "
-         f"them per step (MS MARCO: {SHARED_LISTS}, 8 documents)")
+         f"them per step (MS MARCO: {SHARED_LISTS}, 8 documents; default recipe)")
     data("--max-teacher-margin", type=float, metavar="X",
          help="leave out negatives that the run scores above their positive minus X (likely false negatives)")
     data("--skip-missing", action="store_true", help="leave out documents of --lists that the dataset lacks (counted)")
     budget = parser.add_argument_group("budget (defaults: the paper's, by backbone and loss)").add_argument
-    budget("--batch-size", type=int, help="queries (lists) per step")
-    budget("--lr", type=float)
-    budget("--steps", type=int)
+    budget("--batch-size", type=at_least(1), help="queries (lists) per step (as many as make 32 documents, mini 64)")
+    budget("--lr", type=float, help="highest learning rate (base 1e-5, mini 7e-6)")
+    budget("--steps", type=at_least(1), help="optimizer steps (200,000)")
     budget("--budget", choices=["steps", "docs"], default="steps",
            help="docs: as many steps as see the documents of --steps steps of the infonce recipe (32 a step; mini "
            "group 64, tiny 128), whatever this loss sees per step: the losses at equal documents")
-    budget("--warmup", type=int, help="steps of linear warm-up; linear decay to 0 follows")
-    budget("--weight-decay", type=float, default=0.0)
+    budget("--warmup", type=int, help="steps of linear warm-up (5,000 of 200,000, else a fortieth of --steps); "
+           "linear decay to 0 follows")
+    budget("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     budget("--clip", type=float, default=1.0, help="largest gradient norm (default 1.0)")
     watch = parser.add_argument_group("watch").add_argument
     watch("--eval-dataset", nargs="+", help="validated on: ids, folders (their dev split), or nanobeir (default: the "
           "dataset's own dev split, nanobeir for MS MARCO), re-ranking BM25; none: keep the last step")
-    watch("--eval-every", type=int, help="steps between validations (default: a fortieth of --steps, at least 100)")
-    watch("--eval-measure", default="RR@10")
-    watch("--eval-depth", type=int, help="candidates re-ranked per query (default 100)")
-    watch("--eval-queries", type=int, help="validate on the first N queries (default: all)")
-    watch("--log", default="jsonl", help="jsonl, tensorboard, wandb, with commas between")
+    watch("--eval-every", type=at_least(1), help="steps between validations (default: a 40th of --steps, at least 100)")
+    watch("--eval-measure", default="RR@10", help="any of evaluate.py's measures (default RR@10)")
+    watch("--eval-depth", type=at_least(1), help="candidates re-ranked per query (default 100)")
+    watch("--eval-queries", type=at_least(1), help="validate on the first N queries (default: all)")
+    watch("--log", default="jsonl", help="jsonl, tensorboard, wandb, with commas between (default jsonl)")
     go_on = parser.add_argument_group("go on").add_argument
     go_on("--resume", action="store_true", help="continue OUT/last where there is one; a finished run stays as it is")
-    go_on("--save-every", type=int, help="steps between checkpoints (default: --eval-every)")
+    go_on("--save-every", type=at_least(1), help="steps between checkpoints (default: --eval-every)")
     go_on("--overwrite", action="store_true", help="start afresh in a folder that holds a run")
     go_on("--workers", type=int, help="processes that read and tokenise (default: 2 for ir_datasets, else 0)")
     go_on("--dry-run", action="store_true", help="print the plan: data, steps, documents, tokens; touches nothing")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if args.triples and args.lists:
-        parser.error("give --triples or --lists, not both")
+    if sum(x is not None for x in (args.triples, args.lists, args.first_stage)) > 1:
+        parser.error("give one of --triples, --lists and --first-stage")
+    if args.triples:  # its lists are what they are
+        unused = {"--list-size": args.list_size not in (None, 2), "--negatives shared": args.negatives == "shared",
+                  "--max-teacher-margin": args.max_teacher_margin is not None, "--depth": args.depth is not None,
+                  "--skip-missing": args.skip_missing}
+        for flag in (flag for flag, given in unused.items() if given):
+            parser.error(f"{flag} is of lists and does nothing to --triples: leave it out")
+    for name, least in (("lr", 0), ("clip", 0), ("warmup", -1), ("weight_decay", -1), ("workers", -1)):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > least):
+            parser.error(f"--{name.replace('_', '-')} {value}: " + ("above 0" if least == 0 else "0 or more"))
+    if args.list_size == 1:
+        parser.error("--list-size 1: a list has two documents or more")
+    for kind in args.log.split(","):
+        if kind not in ("jsonl", "tensorboard", "wandb"):
+            parser.error(f"--log {args.log}: {kind!r} is none of jsonl, tensorboard, wandb (commas between)")
+        if kind != "jsonl" and importlib.util.find_spec(kind) is None:
+            parser.error(f"--log {kind}: {kind} is not installed; pip install {kind}, or leave it out")
+    parse_measure(args.eval_measure)
     return fill(args)
 
 
@@ -615,7 +672,7 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
     if args.budget == "docs":
         documents = PRESET["batch_size"] * PRESET["list_size"] if tiny else group["documents"]
         args.steps = math.ceil(args.steps * documents / max(args.batch_size * args.list_size, 1))
-    default("warmup", args.steps // 40)
+    default("warmup", args.steps // (10 if tiny else 40))
     default("eval_every", max(args.steps // 40, min(args.steps, 100)))
     default("save_every", args.eval_every)
     config = Path(args.backbone) / "config.json"  # a model trained here knows its lengths
@@ -638,14 +695,8 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
     if args.dtype == "auto":
         on_gpu = args.device != "cpu" and torch.cuda.is_available()
         args.dtype = "bfloat16" if on_gpu and native_bf16("cuda") else "float32"  # on a CPU the same bits everywhere
-    for kind in args.log.split(","):
-        if kind not in ("jsonl", "tensorboard", "wandb"):
-            raise BadInput(f"--log {args.log}: {kind!r} is none of jsonl, tensorboard, wandb (commas between)")
-        if kind != "jsonl" and importlib.util.find_spec(kind) is None:
-            raise BadInput(f"--log {kind}: {kind} is not installed; pip install {kind}, or leave it out")
-    for name in ("steps", "batch_size", "list_size", "eval_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.warmup > args.steps:
+        raise BadInput(f"--warmup {args.warmup}: longer than --steps {args.steps}")
     return args
 
 
@@ -784,6 +835,12 @@ def train(args, rank: int, world: int) -> int:
     begun = (out / "args.json").is_file()
     if begun and not (args.resume or args.overwrite):
         raise BadInput(f"{out}: holds a run; --resume continues it, --overwrite starts afresh, --out names another")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out}: a file; --out names a folder")
+    # names with a dot: what a run that was killed before its first file leaves
+    if out.is_dir() and not (begun or args.overwrite) and any(f.name[0] != "." for f in out.iterdir()):
+        raise BadInput(f"{out}: a folder with other things in it; --overwrite writes there all the same, --out names "
+                       "another")
     if begun and args.resume:
         before = json.loads((out / "args.json").read_text())["flags"]
         other = [f"--{k.replace('_', '-')} {before.get(k)} (now {v})"
@@ -857,6 +914,8 @@ def train(args, rank: int, world: int) -> int:
         for k in range(start, args.steps):
             begin = time.perf_counter()
             batch = next(loader)
+            if isinstance(batch, BadInput):
+                raise batch
             waited += time.perf_counter() - begin
             loss, norm = step(k, batch)
             total += loss
@@ -909,8 +968,9 @@ def finish(args, model, history) -> None:
         best = CrossEncoder.from_pretrained(args.out, dtype="float32", device=model.device.type)
         scores = score_run(best, texts, run, args.max_tokens, progress="test")
         measures = ["nDCG@10", "RR@10", "AP"]
+        row = args.out.name + " (COLLAPSED: all scores equal)" * collapsed(scores)
         table = markdown_table({"BM25": evaluate(texts.qrels, run, measures),
-                                args.out.name: evaluate(texts.qrels, scores, measures)})
+                                row: evaluate(texts.qrels, scores, measures)})
         print(f"\n{name} test: {len(run):,} queries, BM25's first {args.eval_depth} documents and the same re-ranked"
               f"\n\n{table}\n")
     with atomic_write(args.out / "README.md") as file:
@@ -1019,9 +1079,10 @@ def main() -> int:
     try:
         return train(args, rank, world)
     except OSError as e:
-        if e.errno in (27, 28, 122):  # EFBIG, ENOSPC, EDQUOT
-            raise BadInput(f"{args.out}: cannot write ({e.strerror}); the last checkpoint is intact. Free some space "
-                           "and --resume") from e
+        if e.errno in FULL:
+            there = (args.out / "last" / "checkpoint.pt").is_file()
+            kept = "the last checkpoint is intact" if there else "there is no checkpoint yet"
+            raise BadInput(f"{args.out}: cannot write ({e.strerror}); {kept}. Free some space and --resume") from e
         raise
     finally:
         if world > 1 and dist.is_initialized():

@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 # What train.py takes for --backbone tiny where a flag is not given; found on pydocs.
-PRESET = dict(steps=450, warmup=45, batch_size=16, list_size=8, lr=2e-3, depth=50, query_length=24, doc_length=96,
+PRESET = dict(steps=450, batch_size=16, list_size=8, lr=2e-3, depth=50, query_length=24, doc_length=96,
               eval_depth=50, eval_queries=150, eval_every=225)
 RANDOM_SHARE = 2 / 7  # of the negatives come from the whole corpus: without some, only BM25's own choice is ever seen
 

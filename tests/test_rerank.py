@@ -270,6 +270,42 @@ def test_written_runs_keep_float32_exactly(tmp_path):
     assert [float(line.split()[4]) for line in lines] == sorted(map(float, back.values()), reverse=True)
 
 
+def test_zipped_runs_have_the_same_bytes_every_time(tmp_path, monkeypatch):
+    made = []
+    for name, now in (("a.run.gz", 1e9), ("b.run.gz", 1.5e9)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        rerank.write_run(tmp_path / name, {"q": {"d": 1.5}})
+        made.append((tmp_path / name).read_bytes())
+    assert made[0] == made[1] and gzip.decompress(made[0]) == b"q Q0 d 1 1.5 run\n"
+
+
+def test_the_line_of_an_error_in_a_packed_run_with_blank_lines(tmp_path, texts):
+    import pyarrow as pa
+
+    content = b"q1 Q0 d1 1 2.0 x\n\nq1 Q0 gone 2 1.0 x\n"
+    (tmp_path / "a.run.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "b.run.zst").write_bytes(pa.compress(content, "zstd", asbytes=True))
+    for name in ("a.run.gz", "b.run.zst"):
+        with pytest.raises(BadInput, match=rf"{name}:3: document 'gone'"):
+            rerank.first_stage(texts, tmp_path / name, None, 10)
+
+
+def test_a_part_without_its_header_is_begun_again(tmp_path, texts, model, monkeypatch):
+    """Killed while the header is written: there is no part yet, and the same command goes on."""
+    candidates, out = first(texts), tmp_path / "x.run"
+
+    def killed(_path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rerank.os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rerank.write_in_blocks(out, {}, candidates, "t", rerank.PairScorer(model, texts, candidates))
+    monkeypatch.undo()
+    assert not (tmp_path / "x.run.part-0").exists()
+    rerank.write_in_blocks(out, {}, candidates, "t", rerank.PairScorer(model, texts, candidates))
+    assert len(read_run(out)) == 20
+
+
 def test_an_interrupted_run_ends_as_the_uninterrupted(tmp_path, texts, model, monkeypatch):
     monkeypatch.setattr(rerank.blocks_of, "__defaults__", (60,))
     candidates, plan = first(texts), {"model": "m"}
@@ -355,28 +391,66 @@ def test_query_form(place, tmp_path, monkeypatch, capsys, model):
     assert all(abs(float(s) - expected[line]) < 1e-5 for s, line in rows)
 
 
+def test_help_and_usage_need_no_torch(tmp_path):
+    code = "import sys; sys.modules['torch'] = None; import rerank; sys.exit(rerank.guarded(rerank.main))"
+    for flag, expected in (("--help", 0), ("--bogus", 2)):
+        done = subprocess.run([sys.executable, "-c", code, flag], cwd=Path(rerank.__file__).parent, capture_output=True,
+                              text=True)
+        assert done.returncode == expected and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on(place, tmp_path):
+    import resource
+
+    argv = [sys.executable, str(Path(rerank.__file__)), "--model", str(place / "model"), "--dataset",
+            f"{place / 'corpus'}/train", "--first-stage", "bm25", "--device", "cpu", "--out"]
+    how = dict(capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": str(place), "OMP_NUM_THREADS": "1"})
+    assert subprocess.run([*argv, "1.run"], cwd=tmp_path, **how).returncode == 0
+    full = subprocess.run([*argv, "2.run"], cwd=tmp_path, **how,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    assert full.returncode == 2 and full.stderr.splitlines()[-1].startswith("error: cannot write: File too large")
+    assert not (tmp_path / "2.run").exists()
+    assert subprocess.run([*argv, "2.run"], cwd=tmp_path, **how).returncode == 0
+    assert (tmp_path / "2.run").read_bytes() == (tmp_path / "1.run").read_bytes()
+
+
+def test_a_reader_that_has_seen_enough_ends_the_query_form(place, tmp_path):
+    (tmp_path / "lines").write_text("kaba lodor\n" * 9)
+    process = subprocess.Popen([sys.executable, str(Path(rerank.__file__)), "--model", str(place / "model"), "--query",
+                                "kaba", str(tmp_path / "lines"), "--device", "cpu"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+
+
+BM25 = ["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "x.run"]
+
+
 @pytest.mark.parametrize("argv, word", [
     (["--model", "no/such/model", "--query", "x", "f"], "no/such/model"),
     (["--model", "MODEL", "--query", "x", "no-such-file"], "no-such-file"),
     (["--model", "MODEL", "--dataset", "no/such", "--first-stage", "bm25", "--out", "x.run"], "no/such"),
     (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "gone/x.run"], "gone"),
     (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "scoreddocs", "--out", "x.run"], "scoreddocs"),
-    (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm26", "--out", "x.run"], "'bm26'"),
-    (["--model", "MODEL", "--dataset", "CORPUS", "--out", "x.run"], "either --run FILE or --first-stage"),
-    (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "."], "folder"),
-    (["--model", "MODEL", "--query", "x", "."], "directory"),
+    ([], "--model"), (["--model", "MODEL"], "--dataset"), ([*BM25, "--bogus"], "--bogus"),
+    ([*BM25, "--run", "y.run"], "either --run"), ([*BM25, "--first-stage", "nope"], "nope"),
+    ([*BM25, "--depth", "-3"], "--depth"), ([*BM25, "--depth", "x"], "--depth"), ([*BM25, "--stride", "0"], "--stride"),
+    ([*BM25, "--max-tokens", "0"], "--max-tokens"), ([*BM25, "--query-length", "0"], "--query-length"),
+    ([*BM25, "--doc-length", "-4"], "--doc-length"), ([*BM25, "--device", "foo"], "--device"),
+    ([*BM25, "--out", "CORPUS", "--overwrite"], "a folder"), ([*BM25, "lines.txt"], "--query"),
+    (["--model", "MODEL", "--query", "x", "--out", "x.run"], "--query"),
+    (["--model", "MODEL", "--query", "x", "."], ".: Is a directory"),
+    (["--model", "MODEL", "--query", "x", "UTF16"], "UTF16:2: not UTF-8"),
     (["--model", "MODEL", "--query", "x", "MODEL/model.safetensors"], "UTF-8"),
-    (["--model", "MODEL", "--query", "x", "f", "--device", "tpu"], "auto, cpu or cuda"),
-    *((["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "x.run", flag, "0"], flag)
-      for flag in ("--depth", "--stride", "--doc-length", "--query-length", "--max-tokens")),
 ])
 def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, capsys, argv, word):
     monkeypatch.chdir(tmp_path)
-    names = {"MODEL": place / "model", "CORPUS": place / "corpus",
+    (place / "UTF16").write_bytes(b"kaba\n\xff\xfe\n")
+    names = {"MODEL": place / "model", "CORPUS": place / "corpus", "UTF16": place / "UTF16",
              "MODEL/model.safetensors": place / "model" / "model.safetensors"}
     assert run(monkeypatch, *[names.get(a, a) for a in argv]) == 2
-    (error,) = capsys.readouterr().err.strip().splitlines()
-    assert error.startswith("error: ") and word in error
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and word in error and "\n" not in error
     assert not list(tmp_path.iterdir())
 
 

@@ -381,6 +381,41 @@ def test_collapse_is_reported(place, capsys):
     assert validation(model)["collapsed"]
     model.model.classifier.weight.data.fill_(0.3)
     assert not validation(model)["collapsed"]
+    assert train.collapsed({"q": {"a": 1.0, "b": 1.0 + 9e-7}}) and not train.collapsed({"q": {"a": 1.0, "b": 1.000002}})
+
+
+def test_collapse_is_reported_in_the_log_and_the_closing_table(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(CrossEncoder, "score_tokens", lambda self, q, d, m=None: torch.full((len(q),), 0.25))
+    command(place, out=tmp_path / "flat", steps=2, **{"eval-every": 2})
+    shown = capsys.readouterr()
+    assert re.search(r"\| flat \(COLLAPSED: all scores equal\) +\|", shown.out) and "COLLAPSED" in shown.err
+    assert json.loads((tmp_path / "flat/log.jsonl").read_text().splitlines()[-1])["collapsed"] is True
+    assert "COLLAPSED" in (tmp_path / "flat/README.md").read_text()
+
+
+def test_validation_is_sharded(place, monkeypatch):
+    """Three ranks score a third each, no pair twice, and agree on the measure of the whole."""
+    _, model, _ = batches(place)
+    folder = str(place / "corpus/train")
+    one = train.Validation([folder], "nDCG@10", 20, None, 0, 1)(model)
+    pairs, shares = [], []
+
+    def counted(model, texts, run, max_tokens):
+        pairs.append(sum(map(len, run.values())))
+        shares.append(rerank.score_run(model, texts, run, max_tokens))
+        return shares[-1]
+
+    monkeypatch.setattr(train, "score_run", counted)
+    ranks = [train.Validation([folder], "nDCG@10", 20, None, rank, 3) for rank in range(3)]
+    monkeypatch.setattr(train.dist, "all_gather_object", lambda shares, own: None)
+    for rank in ranks:
+        with pytest.raises(AttributeError):  # nothing was gathered
+            rank(model)
+    gathered = list(shares)
+    assert [list(s) for s in gathered] == [list(ranks[0].sets[0][2])[r::3] for r in range(3)]
+    assert sum(pairs) == sum(map(len, ranks[0].sets[0][2].values())) and max(pairs) < 0.5 * sum(pairs)
+    monkeypatch.setattr(train.dist, "all_gather_object", lambda shares, own: shares.__setitem__(slice(None), gathered))
+    assert all(rank(model) == pytest.approx(one) for rank in ranks)
 
 
 def test_validation_is_the_measure_of_the_reranked_run(place):
@@ -437,7 +472,7 @@ print("kills", kills, "finished early", sure)
 
 def test_killed_at_any_instant_it_ends_with_the_same_bytes(place, tmp_path):
     argv = ["--backbone", place / "model", "--dataset", place / "corpus", "--steps", "60", "--batch-size", "4", "--lr",
-            "1e-3", "--save-every", "2", "--eval-every", "15", "--device", "cpu"]
+            "1e-3", "--save-every", "2", "--eval-every", "15", "--device", "cpu", "--dtype", "float32"]
     script = ZYGOTE.format(root=str(ROOT), tests=str(ROOT / "tests"), argv=[str(a) for a in argv], kills=30,
                            whole=str(tmp_path / "whole"), broken=str(tmp_path / "broken"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900)
@@ -452,7 +487,7 @@ def test_killed_at_any_instant_it_ends_with_the_same_bytes(place, tmp_path):
 
 def spawn(place, *extra, runner=(), env=None, **how):
     argv = [sys.executable, *runner, str(ROOT / "train.py"), "--backbone", place / "model", "--dataset",
-            place / "corpus", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu", *extra]
+            place / "corpus", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu", "--dtype", "float32", *extra]
     return subprocess.Popen([str(a) for a in argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **how)
 
@@ -485,18 +520,95 @@ def test_signals_save_and_leave(place, tmp_path, number, code):
     assert 0 < torch.load(tmp_path / "run/last/checkpoint.pt")["step"] < 100000
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(place, tmp_path):
-    assert command(place, out=tmp_path / "run", steps=4, **{"save-every": 1})[0] == 0
-    size = (tmp_path / "run/last/checkpoint.pt").stat().st_size
+def test_a_second_signal_leaves_at_once():
+    """A step that never ends holds the first one back; the second does not wait for it."""
+    script = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+              "with train.Stop():\n    print('ready', flush=True)\n    while True: time.sleep(0.05)")
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
 
+
+def test_signals_to_the_whole_group_spare_the_workers(place, tmp_path):
+    """As a terminal and torchrun send them: the workers hand over the batches of the step in hand. Also, tokenising
+    in a forked process ends though the parent's tokenizer has threads."""
+    process = spawn(place, "--steps", 100000, "--eval-every", 100000, "--workers", 2, "--out", tmp_path / "run",
+                    env={"TOKENIZERS_PARALLELISM": "true", "XDG_CACHE_HOME": str(place / "cache")},
+                    start_new_session=True)
+    try:
+        limit = time.time() + 60
+        while process.poll() is None and not (tmp_path / "run/log.jsonl").exists():
+            time.sleep(0.05)
+        while process.poll() is None and not (tmp_path / "run/log.jsonl").read_text() and time.time() < limit:
+            time.sleep(0.05)
+        time.sleep(2.0)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 143 and "checkpoint written; --resume" in error
+    assert torch.load(tmp_path / "run/last/checkpoint.pt")["step"] > 0
+
+
+@pytest.mark.parametrize("share, said", [(0.6, "the last checkpoint is intact"), (0.1, "there is no checkpoint yet")])
+def test_a_full_disk_leaves_the_last_checkpoint(place, tmp_path, monkeypatch, share, said):
+    """No file may grow beyond a share of a checkpoint's size: at 0.1 the weights do not fit, at 0.6 the
+    checkpoint that the resumed run goes on to write does not."""
     import resource
 
-    process = spawn(place, "--steps", 400, "--eval-every", 400, "--save-every", 2, "--out", tmp_path / "new",
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
+    how = {"save-every": 2, "eval-every": 2, "workers": 0}
+    assert command(place, out=tmp_path / "whole", steps=8, **how)[0] == 0
+    size = (tmp_path / "whole/last/checkpoint.pt").stat().st_size
+    out, kept = tmp_path / "run", tmp_path / "run/last/checkpoint.pt"
+    if share > 0.1:  # the first of its checkpoints succeeds
+        whole = train.save_checkpoint
+        monkeypatch.setattr(train, "save_checkpoint", lambda *a: (whole(*a), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            command(place, out=out, steps=8, **how)
+        good = kept.read_bytes()
+        monkeypatch.undo()
+    limit = int(size * share)
+    process = spawn(place, "--steps", 8, *[w for k, v in how.items() for w in (f"--{k}", v)], "--out", out, "--resume",
+                    env={"XDG_CACHE_HOME": str(place / "cache")},
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2, error
-    assert "error: " in error and "cannot write" in error and "Traceback" not in error
-    assert not (tmp_path / "new/last/checkpoint.pt").exists()
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "cannot write" in last and said in last and "Traceback" not in error
+    assert not list(out.rglob("*.new"))  # what could not be finished does not fill the disk
+    if share > 0.1:
+        assert kept.read_bytes() == good
+        assert command(place, out=out, steps=8, resume=True, **how)[0] == 0  # space again
+        assert weights(out) == weights(tmp_path / "whole")
+        assert torch.load(kept)["step"] == 8
+
+
+@pytest.mark.parametrize("size", range(0, 4096, 512))
+def test_a_checkpoint_cut_short_anywhere_is_a_full_disk(tmp_path, size):
+    """torch.save meets a short write with an OSError or with words of its own, by where it falls."""
+    import resource
+
+    def child():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000 + size,) * 2)
+        try:
+            train.save_checkpoint(tmp_path / "last", {"w": torch.zeros(40_000)})
+        except OSError as e:
+            os._exit(0 if e.errno in rerank.FULL and not (tmp_path / "last/checkpoint.pt.new").exists() else 4)
+        except BaseException:
+            os._exit(5)
+        os._exit(6)
+
+    train.save_checkpoint(tmp_path / "last", {"w": torch.ones(3)})
+    pid = os.fork()
+    if pid == 0:
+        child()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert torch.equal(torch.load(tmp_path / "last/checkpoint.pt")["w"], torch.ones(3))
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -544,12 +656,56 @@ def test_dry_run_touches_nothing(tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     ({"loss": "ranknet"}, "teacher"), ({"dataset": "no/such"}, "no/such"), ({"backbone": "no/such"}, "no/such"),
-    ({"steps": 0}, "--steps"), ({"lists": "nowhere.run"}, "nowhere.run"),
+    ({"steps": 0}, "--steps"), ({"lists": "nowhere.run"}, "nowhere.run"), ({"bogus": 1}, "--bogus"),
+    ({"loss": "foo"}, "--loss"), ({"lr": -1}, "--lr"), ({"lr": "nan"}, "--lr"), ({"clip": 0}, "--clip"),
+    ({"warmup": -3}, "--warmup"), ({"steps": 4, "warmup": 9}, "--warmup"), ({"weight-decay": -1}, "--weight-decay"),
+    ({"workers": -1}, "--workers"), ({"max-tokens": 0}, "--max-tokens"), ({"query-length": 0}, "--query-length"),
+    ({"doc-length": -4}, "--doc-length"), ({"list-size": 1}, "--list-size"), ({"eval-queries": 0}, "--eval-queries"),
+    ({"eval-measure": "foo"}, "unknown measure `foo`"), ({"log": "foo"}, "--log"), ({"device": "foo"}, "--device"),
+    ({"lists": "TEACHER", "first-stage": "bm25"}, "one of --triples"),
+    ({"triples": "TRIPLES", "list-size": 8}, "--list-size"), ({"triples": "TRIPLES", "depth": 8}, "--depth"),
+    ({"triples": "TRIPLES", "negatives": "shared"}, "--negatives"),
+    ({"triples": "TRIPLES", "max-teacher-margin": 1}, "--max-teacher-margin"),
+    ({"out": "TRIPLES"}, "a file"), ({"eval-dataset": "UNJUDGED"}, "no relevance judgments"),
+    pytest.param({"device": "cuda"}, "--device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a card")),
 ])
 def test_bad_input(place, tmp_path, capsys, monkeypatch, flags, word):
+    if "eval-dataset" in flags:
+        (tmp_path / "bare").mkdir()
+        for name in ("corpus.jsonl", "queries.jsonl"):
+            (tmp_path / "bare" / name).write_bytes((place / "corpus" / name).read_bytes())
+    files = {"TEACHER": place / "teacher.run", "TRIPLES": place / "triples.tsv", "UNJUDGED": tmp_path / "bare"}
+    flags = {k: files.get(v, v) for k, v in flags.items()}
     given = {"backbone": place / "model", "dataset": place / "corpus", "out": tmp_path / "out", **flags}
     monkeypatch.setattr(sys, "argv", ["train.py", *[str(w) for k, v in given.items() for w in (f"--{k}", v)]])
     assert rerank.guarded(train.main) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and word in error
-    assert not (tmp_path / "out").exists()
+    error = [line for line in capsys.readouterr().err.strip().splitlines() if "no qrels" not in line]
+    assert error[-1].startswith("error: ") and word in error[-1] and "usage:" not in "".join(error)
+    assert not (tmp_path / "out").exists() and (place / "triples.tsv").is_file()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("line, what", [
+    (b"nobody\td1\td2\n", "t.tsv:2: query 'nobody'"), (b"q1\td1\tgone\n", "t.tsv:2: document 'gone'"),
+    (b"q1\td\xff\td2\n", "t.tsv:2: not UTF-8")])
+def test_a_bad_triple_is_named_whoever_reads_it(place, tmp_path, capsys, monkeypatch, workers, line, what):
+    """Also from a worker process, whose exceptions torch would print with a traceback."""
+    (tmp_path / "t.tsv").write_bytes(b"q1\td1\td2\n" + line)
+    argv = ["--backbone", place / "model", "--dataset", place / "corpus", "--out", tmp_path / "out", "--steps", 3,
+            "--triples", tmp_path / "t.tsv", "--workers", workers, "--eval-dataset", "none", "--batch-size", 2]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    assert rerank.guarded(train.main) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and what in last
+
+
+def test_a_folder_that_holds_other_things_is_left_alone(place, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/.args.json.77").write_text("")  # what a run killed at its first file leaves
+    (tmp_path / "mine/README.md").write_text("mine")
+    with pytest.raises(BadInput, match="other things"):
+        command(place, out=tmp_path / "mine", steps=1)
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == [".args.json.77", "README.md"]
+    assert (tmp_path / "mine/README.md").read_text() == "mine"
+    (tmp_path / "mine/README.md").unlink()
+    assert command(place, out=tmp_path / "mine", steps=1)[0] == 0
