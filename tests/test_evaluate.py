@@ -211,10 +211,13 @@ def test_scores_that_are_not_finite_name_the_query():
         e.evaluate({"q": {"a": 1}}, {"q": {"a": 1.0}, "q2": {"b": math.nan}})
 
 
-def test_drop_identical():
+def test_drop_identical(tmp_path):
     run = e.Columns.of({"a": {"a": 9.0, "b": 2.0}, "b": {"c": 1.0}, "c": {"a": 1.0, "d": 3.0, "c": 2.0}})
     kept, dropped = e.drop_identical(run)
     assert dropped == 2 and kept.nested() == {"a": {"b": 2.0}, "b": {"c": 1.0}, "c": {"a": 1.0, "d": 3.0}}
+    path = write_run(tmp_path / "x.run", run.nested())
+    names = ("beir/quora/test", "nano-beir/quora", "beir/arguana", "nano-beir/arguana", "beir/nq", None)
+    assert [e.load_run(path, name)[1] for name in names] == [2, 2, 2, 2, 0, 0]
 
 
 # ------------------------------------------------------------------------------------------------------ reading

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,6 +45,10 @@ def place(tmp_path_factory):
         config = json.loads((model / "config.json").read_text())
         config |= {"query_length": query_length, "doc_length": doc_length}
         (model / "config.json").write_text(json.dumps(config))
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]  # the words of each model have ids of their own
+        tokenizer["model"]["vocab"] = {w: i if i < 5 else 5 + (i + 7 * seed) % 40 for w, i in vocabulary.items()}
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     lines = [f"q{q} Q0 d{(7 * q + 3 * i) % 60} {i + 1} {100 - i}.5 first\n" for q in range(12) for i in range(20)]
     (folder / "first.run").write_text("".join(lines))
     return folder
@@ -99,6 +104,21 @@ def test_mean_of_members(place, member_runs, monkeypatch, tmp_path, how):
 def test_one_model_is_reranks_run(place, member_runs, monkeypatch, tmp_path):
     assert ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run", members=1) == 0
     assert (tmp_path / "t.run").read_bytes() == (place / "member0.run").read_bytes()
+
+
+def test_one_member_is_loaded_at_a_time(place, monkeypatch, tmp_path):
+    from kernels.encoder import CrossEncoder
+
+    load, loaded = CrossEncoder.from_pretrained, []
+
+    def watched(*args):
+        assert all(model() is None for model in loaded)
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(CrossEncoder, "from_pretrained", watched)
+    assert ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run") == 0 and len(loaded) == 3
 
 
 def test_equal_scores_normalize_to_zero():
@@ -541,6 +561,28 @@ def test_malformed_truncated_late_and_failing_answers(graded, serve, monkeypatch
     assert len(seen) == 18 + 8 and "7 malformed" in capsys.readouterr().err
 
 
+def test_pauses_double_and_follow_the_server(graded, serve, monkeypatch, tmp_path):
+    def handle(handler, number, body):
+        if number < 5:
+            return reply(handler, 500 + number, b"busy", [("Retry-After", "7")] if number == 4 else ())
+        completion(handler, perfect(body))
+
+    class Clock(threading.Event):
+        def wait(self, pause):
+            pauses.append(pause)
+
+    url, seen = serve(handle)
+    pauses, start = [], teacher.Endpoint.__init__
+
+    def init(self, args):
+        start(self, args)
+        self.stopping = Clock()
+
+    monkeypatch.setattr(teacher.Endpoint, "__init__", init)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 1) == 0
+    assert pauses == [0.01, 0.02, 0.04, 0.08, 7.0] and len(seen) == 18 + 5
+
+
 def test_interrupted_listwise_asks_nothing_twice(graded, serve, monkeypatch, tmp_path, capsys):
     refuse = {"from": 8}
 
@@ -766,6 +808,7 @@ def test_interrupted_llm_goes_on(graded, monkeypatch, tmp_path):
     stop_after(100)
     assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run", "--batch-size", 2) == 0
     assert Counter(itertools.chain(*batches)) == {"q0": 3, "q1": 3, "q2": 3, "q3": 1}
+    assert [len(set(batch)) for batch in batches] == [2] * 4 + [1] * 2  # of two queries, as long as there are two
     assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "u.run", "--batch-size", 2) == 0
     assert (tmp_path / "t.run").read_bytes() == (tmp_path / "u.run").read_bytes()
 
