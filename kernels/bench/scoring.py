@@ -26,7 +26,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kernels import losses
-from kernels.encoder import CrossEncoder, default_max_tokens, load_tokenizer, micro_batches, native_bf16
+from kernels.encoder import CrossEncoder, default_max_tokens, in_threads, load_tokenizer, micro_batches, native_bf16
 
 DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -119,15 +119,17 @@ def linear_floor(encoder, lengths, max_tokens):
     inputs = {width: torch.randn(tokens, width, dtype=dtype) for width in {hidden, inner}}
 
     @torch.inference_mode()
+    def products(batch):
+        n, pairs = sum(lengths[i] for i in batch), len(batch)
+        for _ in range(layers - 1):
+            for w, b in zip(weights, biases, strict=True):
+                F.linear(inputs[w.shape[1]][:n], w, b)
+        F.linear(inputs[hidden][:n], weights[0][hidden:], biases[0][hidden:])
+        for w, b in zip([weights[0][:hidden], *weights[1:]], [biases[0][:hidden], *biases[1:]], strict=True):
+            F.linear(inputs[w.shape[1]][:pairs], w, b)
+
     def run():
-        for batch in batches:
-            n, pairs = sum(lengths[i] for i in batch), len(batch)
-            for _ in range(layers - 1):
-                for w, b in zip(weights, biases, strict=True):
-                    F.linear(inputs[w.shape[1]][:n], w, b)
-            F.linear(inputs[hidden][:n], weights[0][hidden:], biases[0][hidden:])
-            for w, b in zip([weights[0][:hidden], *weights[1:]], [biases[0][:hidden], *biases[1:]], strict=True):
-                F.linear(inputs[w.shape[1]][:pairs], w, b)
+        in_threads(products, batches)
 
     return run
 
