@@ -324,12 +324,13 @@ def bm25(texts: Texts, queries: dict[str, str], depth: int) -> dict[str, dict[st
     return run
 
 
-def splade(texts: Texts, queries: dict[str, str], depth: int, name: str, device: str = "auto") -> dict:
+def splade(texts: Texts, queries: dict[str, str], depth: int, name: str) -> dict:
     """SPLADE (Formal et al. 2021) as a run: term weights max over positions of log(1 + relu(logits)), inner product.
 
     The vectors of the documents are kept in the cache as one SciPy sparse matrix by term, opened memory-mapped, and a
     query adds up the columns of its terms. SciPy because it is the best kept of all sparse libraries and exact: at
-    8.8 million passages of about 130 terms the matrix takes 9 GB of disk and a query touches its own columns alone.
+    8.8 million passages of about 130 terms the matrix takes 9 GB of disk (and up to four times that in memory, once,
+    while it is put together) and a query touches its own columns alone.
 
     Args:
         name: a masked language model trained as SPLADE, folder or hub id (the paper's: naver/splade-v3-distilbert).
@@ -346,7 +347,7 @@ def splade(texts: Texts, queries: dict[str, str], depth: int, name: str, device:
     if loading["missing_keys"]:
         raise BadInput(f"{name}: no masked language model, so no SPLADE (its weights lack "
                        f"{', '.join(sorted(loading['missing_keys'])[:3])})")
-    model.eval().to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def encode(batch: list[str]) -> sparse.csr_array:
         order = np.argsort([-len(t) for t in batch], kind="stable")
