@@ -207,6 +207,11 @@ def add_(fresh, x):
     return fresh.add_(x) if fresh.dtype == x.dtype else fresh + x
 
 
+def wide(x):
+    """x in fp32 if it is narrower."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 def rotate(x, cos, sin):
     """Rotary position embedding (Su et al. 2021, eq. 34) of x [rows, heads, head_dim], computed in fp32."""
     dtype, x = x.dtype, x.float()
@@ -278,6 +283,11 @@ class CrossEncoder(nn.Module):
         self.new_weights: list[str] = []
         self.truncated = 0
         self._fused: dict = {}
+        body = getattr(model, FAMILIES[model.config.model_type][0])
+        for part in ("pooler", "head", "classifier"):  # in fp32 always: scores rounded to bf16 tie with each other
+            for owner in (body, model):
+                if getattr(owner, part, None) is not None and model.dtype.itemsize < 4:
+                    getattr(owner, part).float()
         if model.device.type == "cpu":
             keep_freed_memory()
         self.train(model.training)
@@ -378,13 +388,14 @@ class CrossEncoder(nn.Module):
             for layer in layers:
                 x = bert_layer(layer, x, batch, self._project)
             x = bert_layer(last, x, batch, self._project, cls)
-        model, x = self.model, x[:, None]  # the heads take the first of a sequence of one
-        if config.model_type == "bert":
-            logits = model.classifier(model.dropout(body.pooler(x)))
-        elif config.model_type == "deberta-v2":
-            logits = model.classifier(model.dropout(model.pooler(x)))
-        else:
-            logits = model.classifier(x)
+        model, x = self.model, wide(x)[:, None]  # the heads take the first of a sequence of one
+        with torch.autocast(x.device.type, enabled=False):
+            if config.model_type == "bert":
+                logits = model.classifier(model.dropout(body.pooler(x)))
+            elif config.model_type == "deberta-v2":
+                logits = model.classifier(model.dropout(model.pooler(x)))
+            else:
+                logits = model.classifier(x)
         return logits.float().squeeze(-1)
 
     def _modernbert(self, body, batch):
@@ -396,12 +407,12 @@ class CrossEncoder(nn.Module):
         *layers, last = body.layers
         for layer in layers:
             x = modernbert_layer(layer, x, batch, ropes[layer.attention_type])
-        x = body.final_norm(modernbert_layer(last, x, batch, ropes[last.attention_type], cls))
+        x = wide(body.final_norm(modernbert_layer(last, x, batch, ropes[last.attention_type], cls)))
         if mean:
-            lengths = batch.cu_seqlens.diff()
-            x = torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0).to(x.dtype)
+            x = torch.segment_reduce(x, "mean", lengths=batch.cu_seqlens.diff(), axis=0)
         model = self.model
-        return model.classifier(model.drop(model.head(x))).float().squeeze(-1)
+        with torch.autocast(x.device.type, enabled=False):
+            return model.classifier(model.drop(model.head(x))).float().squeeze(-1)
 
     def _distances(self, encoder, longest):
         """DeBERTa's distance embeddings that pairs of up to `longest` tokens reach, and the slot of each distance.

@@ -319,6 +319,23 @@ def test_saved_folder_gives_peers_the_same_score(name, tmp_path):
     torch.testing.assert_close(predicted.cpu(), scores, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra-projected", "modernbert-mean", "deberta-own-keys"])
+def test_scores_are_not_rounded_to_bf16(name, tmp_path):
+    """Of 60 scores some would tie, and all would be bf16 numbers; they stay near those of fp32."""
+    encoder = build(name)
+    rng = np.random.default_rng(3)
+    sides = random_sides([(int(rng.integers(1, 9)), int(rng.integers(1, 40))) for _ in range(60)])
+    exact = encoder.score_tokens(*sides)
+    encoder.save_pretrained(tmp_path)
+    narrow = CrossEncoder.from_pretrained(tmp_path, dtype="bfloat16", device="cpu").score_tokens(*sides)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = encoder.score_tokens(*sides)
+    for scores in (narrow, cast):
+        assert scores.dtype == torch.float32 and len(scores.unique()) == 60
+        assert (scores != scores.bfloat16().float()).sum() > 50
+        assert (scores - exact).abs().max() < 0.2 * exact.std()
+
+
 def test_scores_do_not_depend_on_the_number_of_threads():
     encoder = build("bert")
     rng = np.random.default_rng(3)
