@@ -248,8 +248,9 @@ def test_two_passes_equal_one(place, loss):
 def test_two_passes_under_bf16(place):
     one = gradients(place, "infonce", 100, keep=10**9, dtype="bfloat16")
     two = gradients(place, "infonce", 100, keep=0, dtype="bfloat16")
+    rounding = 1e-6 * max(g.norm() for g in one[1].values())  # infonce's gradient of the head's bias is nothing else
     for name, g in one[1].items():
-        assert (two[1][name] - g).norm() <= 2**-7 * g.norm() + 1e-12, name
+        assert (two[1][name] - g).norm() <= 2**-7 * g.norm() + rounding, name
 
 
 @pytest.mark.parametrize("loss", ["infonce", "ranknet"])
