@@ -595,6 +595,7 @@ def test_a_checkpoint_cut_short_anywhere_is_a_full_disk(tmp_path, size):
     import resource
 
     def child():
+        torch.set_num_threads(1)  # the others were not forked
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000 + size,) * 2)
         try:
             train.save_checkpoint(tmp_path / "last", {"w": torch.zeros(40_000)})
