@@ -48,6 +48,7 @@ def compiled(arch, sizes, dtypes, cache, site=None):
     ("arch", "sizes", "dtypes"),
     [
         (80, [100, 1024, 4096], ["float32"]),
+        (80, [4096], ["bfloat16", "float16"]),  # the fewest registers and the longest lists
         (90, [8, 1024], ["float32", "bfloat16"]),  # one block, the smallest and the largest
         (100, [100, 4096], ["float16"]),
     ],
