@@ -221,6 +221,46 @@ def test_varlen_attention_is_the_formula():
         varlen_attention(q[starts], k, v, cu_seqlens, 30, window=2, max_seqlen_q=1, cu_seqlens_q=starts)
 
 
+def test_the_call_of_flash_attn_is_that_of_its_source(monkeypatch):
+    """A stand-in with the parameters of flash_attn_varlen_func in flash-attn 2.8.3's source distribution, over fake
+    CUDA tensors: which inputs go there, and with what."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from kernels import attention
+
+    calls = []
+
+    def flash_attn_varlen_func(  # no defaults beyond those of the source: what is passed must exist there
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False, block_table=None,
+    ):
+        calls.append(dict(locals()))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_varlen_func)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with FakeTensorMode():
+        q, k, v = torch.empty(3, 9, 2, 64, device="cuda", dtype=torch.bfloat16)
+        cu, ones = (torch.empty(4, device="cuda", dtype=torch.int32) for _ in range(2))
+        assert varlen_attention(q, k, v, cu, 5, window=64, dropout=0.1, deterministic=True).shape == q.shape
+        row = torch.empty(3, 2, 64, device="cuda", dtype=torch.bfloat16)
+        varlen_attention(row, k, v, cu, 5, cu_seqlens_q=ones, max_seqlen_q=1, scale=0.5)
+        whole, first = calls
+        for call in calls:
+            assert call["k"] is k and call["v"] is v and call["cu_seqlens_k"] is cu and call["max_seqlen_k"] == 5
+            assert call["causal"] is False and call["softcap"] == 0.0 and not call["return_attn_probs"]
+        assert whole["cu_seqlens_q"] is cu and whole["max_seqlen_q"] == 5 and whole["window_size"] == (64, 64)
+        assert whole["dropout_p"] == 0.1 and whole["softmax_scale"] == 64**-0.5 and whole["deterministic"] is True
+        assert first["cu_seqlens_q"] is ones and first["max_seqlen_q"] == 1 and first["window_size"] == (-1, -1)
+        assert first["dropout_p"] == 0.0 and first["softmax_scale"] == 0.5 and first["deterministic"] is False
+        for how in (dict(dtype=torch.float32), dict(card=(7, 5)), dict(dim=264)):  # what flash-attn does not take
+            x = torch.empty(9, 2, how.get("dim", 64), device="cuda", dtype=how.get("dtype", torch.bfloat16))
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, how=how: how.get("card", (8, 0)))
+            assert not attention._flash_attn_takes(x)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("name", ["bert", "modernbert", "deberta"])
 def test_bf16_autocast_is_close(name):
     encoder = build(name)
