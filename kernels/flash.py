@@ -27,7 +27,7 @@ those tiles.
 Never run on a card so far: it is checked in Triton's interpreter against float64 (tests/test_flash.py) and
 compiled for sm_80, sm_90 and sm_100 (tests/test_flash_aot.py, `python -m kernels.bench aot`). Tile sizes
 follow registers, spills and shared memory of the compiled code, not measured time: nothing spills in bf16 and
-fp16, fp32 with head dimension 128 a little on sm_80.
+fp16; in fp32 some variants spill, at most 80 bytes a thread (Triton 3.7 and 3.9).
 """
 
 import math
@@ -353,7 +353,7 @@ def _tiles(q, max_seqlen_q, bias, keys_stay=False):
     `python -m kernels.bench aot`.
     """
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
-    block_q, block_k = 64, 32
+    block_q, block_k = 32 if q.dtype == torch.float32 else 64, 32  # 64 rows of 128 fp32 numbers spill kilobytes
     if keys_stay and not bias:
         block_q, block_k = 32, 32 if q.dtype == torch.float32 else 64  # 64 keys of 128 fp32 numbers would spill too
     if max_seqlen_q <= 16:  # a [CLS]-only layer: one query row per sequence, and 16 is the least a matrix product takes
