@@ -27,7 +27,7 @@ those tiles.
 Never run on a card so far: it is checked in Triton's interpreter against float64 (tests/test_flash.py) and
 compiled for sm_80, sm_90 and sm_100 (tests/test_flash_aot.py, `python -m kernels.bench aot`). Tile sizes
 follow registers, spills and shared memory of the compiled code, not measured time: nothing spills in bf16 and
-fp16; in fp32 some variants spill, at most 80 bytes a thread (Triton 3.7 and 3.9).
+fp16; the worst of ten fp32 variants spills 80 bytes a thread (Triton 3.7 and 3.9).
 """
 
 import math
