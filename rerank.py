@@ -233,14 +233,18 @@ def _document_text(row: dict) -> str:
     return f"{row['title']} {row['text']}" if row.get("title") else row["text"]
 
 
+def irds_home() -> Path:
+    """The folder of ir_datasets' files. Worked out here because importing ir_datasets would already create it."""
+    return Path(os.environ.get("IR_DATASETS_HOME", Path.home() / ".ir_datasets"))
+
+
 def downloads(dataset: str) -> list[tuple[str, int | None, str | None, bool]]:
     """(what, bytes, md5, whether it is here) of each file behind a dataset; None: not known. Fetches and makes nothing.
 
     ir_datasets' own list is read as a file, because importing the package already makes its folder. Sizes that count
     rows (nano-beir) are left out. `msmarco-passage/train/docpairs` names the triples of that dataset.
     """
-    home = Path(os.environ.get("IR_DATASETS_HOME", Path.home() / ".ir_datasets"))
-    package = Path(importlib.util.find_spec("ir_datasets").origin).parent
+    home, package = irds_home(), Path(importlib.util.find_spec("ir_datasets").origin).parent
     known = json.loads((package / "etc" / "downloads.json").read_text(encoding="utf-8"))
     benchmark, _, rest = dataset.partition("/")
     if dataset == "msmarco-passage/train":

@@ -51,6 +51,7 @@ from rerank import (
     device_name,
     first_stage,
     guarded,
+    irds_home,
     join_processes,
     model_stamp,
     refuse_overwrite,
@@ -85,12 +86,8 @@ PUBLISHED = {  # name: (where, file, md5)
 
 
 def kept_at(name: str) -> Path:
-    """Where `published` keeps the file of that name (it need not be there), under ir_datasets' home.
-
-    The home is worked out here because importing ir_datasets would already create it.
-    """
-    home = Path(os.environ.get("IR_DATASETS_HOME", Path.home() / ".ir_datasets"))
-    path = home / "teachers" / PUBLISHED[name][1]
+    """Where `published` keeps the file of that name (it need not be there), under ir_datasets' home."""
+    path = irds_home() / "teachers" / PUBLISHED[name][1]
     return path.with_suffix(".run") if path.suffix == ".parquet" else path
 
 

@@ -597,8 +597,8 @@ def parse(argv=None) -> argparse.Namespace:
     budget("--budget", choices=["steps", "docs"], default="steps",
            help="docs: as many steps as see the documents of --steps steps of the infonce recipe (32 a step; mini "
            "group 64, tiny 128), whatever this loss sees per step: the losses at equal documents")
-    budget("--warmup", type=int, help="steps of linear warm-up (5,000 of 200,000, else a fortieth of --steps); "
-           "linear decay to 0 follows")
+    budget("--warmup", type=at_least(0), help="steps of linear warm-up (a fortieth of --steps, tiny a tenth); linear "
+           "decay to 0 follows")
     budget("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     budget("--clip", type=float, default=1.0, help="largest gradient norm (default 1.0)")
     watch = parser.add_argument_group("watch").add_argument
@@ -613,7 +613,7 @@ def parse(argv=None) -> argparse.Namespace:
     go_on("--resume", action="store_true", help="continue OUT/last where there is one; a finished run stays as it is")
     go_on("--save-every", type=at_least(1), help="steps between checkpoints (default: --eval-every)")
     go_on("--overwrite", action="store_true", help="start afresh in a folder that holds a run")
-    go_on("--workers", type=int, help="processes that read and tokenise (default: 2 for ir_datasets, else 0)")
+    go_on("--workers", type=at_least(0), help="processes that read and tokenise (default: 2 for ir_datasets, else 0)")
     go_on("--dry-run", action="store_true", help="print the plan: data, steps, documents, tokens; touches nothing")
     add_model_flags(parser)
     args = parser.parse_args(argv)
@@ -625,10 +625,9 @@ def parse(argv=None) -> argparse.Namespace:
                   "--skip-missing": args.skip_missing}
         for flag in (flag for flag, given in unused.items() if given):
             parser.error(f"{flag} is of lists and does nothing to --triples: leave it out")
-    for name, least in (("lr", 0), ("clip", 0), ("warmup", -1), ("weight_decay", -1), ("workers", -1)):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value > least):
-            parser.error(f"--{name.replace('_', '-')} {value}: " + ("above 0" if least == 0 else "0 or more"))
+    for name, value in (("lr", args.lr), ("clip", args.clip), ("weight-decay", args.weight_decay)):
+        if value is not None and not (0 < value < math.inf or value == 0 and name == "weight-decay"):
+            parser.error(f"--{name} {value:g}: " + ("0 or more" if name == "weight-decay" else "above 0"))
     if args.list_size == 1:
         parser.error("--list-size 1: a list has two documents or more")
     for kind in args.log.split(","):

@@ -283,11 +283,11 @@ class CrossEncoder(nn.Module):
         self.new_weights: list[str] = []
         self.truncated = 0
         self._fused: dict = {}
-        body = getattr(model, FAMILIES[model.config.model_type][0])
-        for part in ("pooler", "head", "classifier"):  # in fp32 always: scores rounded to bf16 tie with each other
-            for owner in (body, model):
-                if getattr(owner, part, None) is not None and model.dtype.itemsize < 4:
-                    getattr(owner, part).float()
+        if model.dtype.itemsize < 4:  # the head in fp32 all the same: scores rounded to bf16 tie with each other
+            body = getattr(model, FAMILIES[model.config.model_type][0])
+            parts = [getattr(owner, p, None) for owner in (body, model) for p in ("pooler", "head", "classifier")]
+            for part in filter(None, parts):
+                part.float()
         if model.device.type == "cpu":
             keep_freed_memory()
         self.train(model.training)
@@ -535,13 +535,12 @@ def in_threads(work, items) -> list:
         return [work(item) for item in items]
     cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
-    def alone(item):  # both settings belong to a thread
-        torch.set_num_threads(1)
+    def alone(item):  # autocast, like the number of threads, is a setting of the calling thread
         with torch.autocast("cpu", dtype, enabled=cast):
             return work(item)
 
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(alone, items))
     finally:
         torch.set_num_threads(threads)  # MKL's number, unlike OpenMP's, is one for all threads
