@@ -815,6 +815,8 @@ def guarded(main: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except BadInput as e:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)  # torchrun ends all ranks when rank 0 has failed: what it said too is not said again
         print(f"error: {e}", file=sys.stderr)
     except FileNotFoundError as e:
         print(f"error: {e.filename}: not found", file=sys.stderr)

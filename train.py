@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ from tqdm import tqdm
 
 from evaluate import SUITES, BadInput, Parser, at_least, evaluate, markdown_table, mean, parse_measure
 from kernels import losses
-from kernels.encoder import CrossEncoder, default_max_tokens, micro_batches, native_bf16
+from kernels.attention import dropout_from
+from kernels.encoder import CrossEncoder, default_max_tokens, in_threads, micro_batches, native_bf16
 from rerank import (
     CACHE,
     FULL,
@@ -365,7 +367,8 @@ class Step:
 
     One pass: every micro-batch is scored with its graph kept. Two passes, where the step exceeds `keep` tokens: all
     scores without gradient, then each micro-batch again under the same dropout (the generator is seeded by step and
-    micro-batch), so that memory does not grow with the list. In both the loss and d loss / d scores are computed once,
+    micro-batch), so that memory does not grow with the list. On a CPU each thread takes a micro-batch of its own and
+    their gradients are added in order. In both the loss and d loss / d scores are computed once,
     on the lists of the whole batch, all ranks included: a ragged share weighs what it should.
     """
 
@@ -380,10 +383,11 @@ class Step:
             # about 34 fp32 values per token, layer and hidden unit are kept for the backward pass; up to 4 GiB of them
             self.keep = max(self.keep, 2**32 // (34 * 4 * config.num_hidden_layers * config.hidden_size))
 
-    def _forward(self, batch, part, seed):
-        torch.manual_seed(seed)
+    def _forward(self, batch, part, seed, gradient):
+        device = self.model.device
         packed = self.model.pack([batch["queries"][i] for i in part], [batch["documents"][i] for i in part])
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.args.dtype == "bfloat16"):
+        with (torch.set_grad_enabled(gradient), dropout_from(seed, device),
+              torch.autocast(device.type, torch.bfloat16, enabled=self.args.dtype == "bfloat16")):
             return self.model(packed)
 
     def gradients(self, k: int, batch: dict) -> torch.Tensor:
@@ -391,11 +395,13 @@ class Step:
         device, own = self.model.device, batch["own"]
         lengths = [self.model.pair_length(len(q), len(d))
                    for q, d in zip(batch["queries"], batch["documents"], strict=True)]
-        parts = micro_batches(lengths, self.max_tokens)
+        side_by_side = device.type == "cpu"
+        parts = micro_batches(lengths, self.max_tokens, torch.get_num_threads() if side_by_side else 1)
+        each = partial(in_threads, spare=True) if side_by_side else map
         seeds = [hash_of(self.args.seed, k, self.rank, m) for m in range(len(parts))]
         one_pass = len(parts) <= 1 or sum(lengths) <= self.keep
-        with torch.set_grad_enabled(one_pass):
-            outs = [self._forward(batch, part, seed) for part, seed in zip(parts, seeds, strict=True)]
+        outs = self._agreed(
+            lambda: list(each(lambda m: self._forward(batch, parts[m], seeds[m], one_pass), range(len(parts)))))
         order = torch.tensor([i for part in parts for i in part], dtype=torch.int64)
         flat = torch.cat(outs) if outs else torch.zeros(0, device=device)
         leaf = flat.detach().requires_grad_()
@@ -408,11 +414,20 @@ class Step:
         targets = batch["targets"].to(device, non_blocking=True)
         loss = self.loss(scores.view(rows, width), targets, batch["lengths"].to(device, non_blocking=True))
         loss.backward()
-        if one_pass and len(flat):
-            flat.backward(leaf.grad)
-        elif len(flat):
-            for part, seed, gradient in zip(parts, seeds, leaf.grad.split([len(p) for p in parts]), strict=True):
-                self._forward(batch, part, seed).backward(gradient)
+        shares = leaf.grad.split([len(part) for part in parts]) if parts else []
+
+        def backward(m):
+            out = outs[m] if one_pass else self._forward(batch, parts[m], seeds[m], True)
+            outs[m] = None
+            return torch.autograd.grad(out, self.parameters, shares[m], allow_unused=True)
+
+        def add_up():
+            for gradients in each(backward, range(len(parts))):  # added in order, whichever was computed first
+                for p, gradient in zip(self.parameters, gradients, strict=True):
+                    if gradient is not None:
+                        p.grad = gradient.contiguous() if p.grad is None else p.grad.add_(gradient)
+
+        self._agreed(add_up)
         if self.world > 1:
             for p in self.parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -421,6 +436,22 @@ class Step:
             for p, g in zip(self.parameters, together.split([p.numel() for p in self.parameters]), strict=True):
                 p.grad.copy_(g.view_as(p))
         return loss.detach()
+
+    def _agreed(self, work):
+        """work(); torch.OutOfMemoryError on every rank where it was raised on one, so that all repeat the step."""
+        result = failure = None
+        try:
+            result = work()
+        except torch.OutOfMemoryError as e:
+            failure = e
+        if self.world > 1:
+            votes = torch.tensor([int(failure is not None)])
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+            if votes and not failure:
+                failure = torch.OutOfMemoryError("another rank is out of memory")
+        if failure:
+            raise failure
+        return result
 
     def __call__(self, k: int, batch: dict) -> tuple[float, float]:
         """Step k of the schedule (from 0); returns (loss, gradient norm). Raises BadInput where one is not finite."""
@@ -431,23 +462,33 @@ class Step:
         try:
             loss = self.gradients(k, batch)
         except torch.OutOfMemoryError:
-            if self.world > 1:
-                raise BadInput(f"step {k}: out of GPU memory with --max-tokens {self.max_tokens}; lower it") from None
-            self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
             self.max_tokens //= 2
             self.keep = self.max_tokens
-            say(f"step {k}: out of GPU memory; micro-batches of {self.max_tokens:,} tokens from here on, step repeated")
-            loss = self.gradients(k, batch)
+            say(f"step {k + 1}: out of GPU memory; micro-batches of {self.max_tokens:,} tokens from here on, step "
+                "repeated")
+            loss = None
+        if loss is None:  # outside `except`, whose traceback holds the tensors of the failed try
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            try:
+                loss = self.gradients(k, batch)
+            except torch.OutOfMemoryError:
+                raise BadInput(f"step {k + 1}: out of GPU memory with micro-batches of {self.max_tokens:,} tokens too; "
+                               f"{checkpoint_kept(args.out)}. Begin anew with a lower --max-tokens") from None
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.clip)
         loss, norm = torch.stack([loss, norm.to(loss.dtype)]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             names = ", ".join(dict.fromkeys(batch["qids"]))
-            raise BadInput(f"step {k}: loss {loss}, gradient norm {norm}; queries {names}. Training stopped, the last "
-                           "checkpoint is intact. Try a lower --lr, more --warmup or --dtype float32")
+            raise BadInput(f"step {k + 1}: loss {loss}, gradient norm {norm}; queries {names}. Training stopped, "
+                           f"{checkpoint_kept(args.out)}. Try a lower --lr, more --warmup or --dtype float32")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm
+
+
+def checkpoint_kept(out: Path) -> str:
+    there = (out / "last" / "checkpoint.pt").is_file()
+    return "the last checkpoint is intact" if there else "there is no checkpoint yet"
 
 
 # ----------------------------------------------------------------------------------------- validation, checkpoints
@@ -860,6 +901,14 @@ def train(args, rank: int, world: int) -> int:
         model = load_backbone(args, texts).to(device)
         source = open_source(args, texts)
         validation = Validation(args.eval_dataset, args.eval_measure, args.eval_depth, args.eval_queries, rank, world)
+    if begun and args.resume and rank == 0:
+        before, now = json.loads((out / "args.json").read_text()), provenance(args, texts)
+        changed = [name for name, digest in now["data"].items() if before["data"].get(name) != digest]
+        if changed:
+            raise BadInput(f"{out}: begun on other data: {', '.join(changed)} changed since; bring the old back, or "
+                           "give another --out")
+        if before["versions"] != now["versions"]:
+            say(f"{out}: begun with {before['versions']}, now {now['versions']}: other bytes than of one run")
     say(plan(args))
     say(f"data       {len(source):,} {'triples' if isinstance(source, Triples) else 'queries with lists'}; "
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {world} process{'es' * (world > 1)} on {device}")
@@ -1079,10 +1128,12 @@ def main() -> int:
         return train(args, rank, world)
     except OSError as e:
         if e.errno in FULL:
-            there = (args.out / "last" / "checkpoint.pt").is_file()
-            kept = "the last checkpoint is intact" if there else "there is no checkpoint yet"
-            raise BadInput(f"{args.out}: cannot write ({e.strerror}); {kept}. Free some space and --resume") from e
+            raise BadInput(f"{args.out}: cannot write ({e.strerror}); {checkpoint_kept(args.out)}. Free some space and "
+                           "--resume") from e
         raise
+    except KeyboardInterrupt:  # outside the steps, where Stop does not note it
+        say(f"interrupted; {checkpoint_kept(args.out)}. --resume goes on")
+        return 130
     finally:
         if world > 1 and dist.is_initialized():
             dist.destroy_process_group()

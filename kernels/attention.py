@@ -5,6 +5,8 @@ project's Triton kernel (`kernels.flash`) on any other CUDA tensor, and on a CPU
 sequences of equal length (sequences sorted by length make long runs; any order is right).
 """
 
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -16,6 +18,32 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
+
+
+_of_thread = threading.local()
+
+
+@contextmanager
+def dropout_from(seed: int, device):
+    """Dropout inside follows from `seed`. On a CPU by a generator of the calling thread, as torch's own is one for all
+    threads and micro-batches run side by side; on CUDA by torch's generators, which are seeded."""
+    if device.type != "cpu":
+        torch.manual_seed(seed)
+        yield
+        return
+    _of_thread.generator = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        _of_thread.generator = None
+
+
+def dropout(x, p: float):
+    """x with each element zeroed with probability p and scaled by 1 / (1 - p) else; see dropout_from."""
+    generator = getattr(_of_thread, "generator", None)
+    if generator is None or not 0 < p < 1:
+        return F.dropout(x, p)
+    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 @dataclass(frozen=True)
@@ -42,9 +70,9 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen, *, lengths=None, cu_seqlen
     a device synchronisation; used on a CPU). cu_seqlens_q and max_seqlen_q = 1 say that q holds one row per
     sequence, its first token's (the [CLS]-only last layer); without them q has a row for every token.
     window w: only keys with |i - j| <= w, both ends included; None: all. scale: head_dim ** -0.5 by default.
-    dropout: of the attention probabilities. It follows torch's generator on a CPU and flash-attn's own rule with
-    flash-attn; the Triton kernel takes `seed`, drawn from torch's CPU generator when None, so restoring the state
-    of torch's generators brings the same mask back. deterministic: of the backward pass on CUDA.
+    dropout: of the attention probabilities. It follows torch's generator (or dropout_from's) on a CPU and flash-attn's
+    own rule with flash-attn; the Triton kernel takes `seed`, drawn from torch's CPU generator when None, so restoring
+    the state of torch's generators brings the same mask back. deterministic: of the backward pass on CUDA.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -86,22 +114,26 @@ def _flash_attn_takes(q):
             and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
-def _by_runs(q, k, v, lengths, one_row, window, bias, scale, dropout):
+def _by_runs(q, k, v, lengths, one_row, window, bias, scale, p):
     """The CPU path: consecutive sequences of equal length are a dense batch, viewed in place."""
     runs = [(sum(1 for _ in run), length) for length, run in groupby(lengths)]
     tokens = [n * length for n, length in runs]
     rows = [n for n, _ in runs] if one_row else tokens
     outs = []
+    # torch's fused attention has no dropout on a CPU, and in bf16 a backward pass 3 to 5 times as slow as the products
+    fused = bias is None and not p and not (q.requires_grad and q.dtype == torch.bfloat16)
     for (n, length), q_run, k_run, v_run in zip(runs, q.split(rows), k.split(tokens), v.split(tokens), strict=True):
         # [n, heads, rows, head_dim] without a copy: the heads of a packed row stay where the product wrote them
         q_run, k_run, v_run = (t.unflatten(0, (n, -1)).transpose(1, 2) for t in (q_run, k_run, v_run))
-        if bias is None:
-            mask = _band(length, window) if window is not None and length > window + 1 else None
-            out = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask, dropout_p=dropout, scale=scale)
+        mask = _band(length, window) if window is not None and length > window + 1 else None
+        if fused:
+            out = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask, scale=scale)
         else:
             add = _bias_of_cls if one_row else _bias_of_all
-            probs = (add(q_run, k_run, bias, length) * scale).softmax(-1)
-            out = F.dropout(probs, dropout) @ v_run if dropout else probs @ v_run
+            scores = scale * (q_run @ k_run.transpose(-1, -2) if bias is None else add(q_run, k_run, bias, length))
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            out = dropout(scores.softmax(-1), p) @ v_run
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 

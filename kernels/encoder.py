@@ -27,7 +27,7 @@ from transformers.activations import GELUActivation
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from kernels.attention import DisentangledBias, varlen_attention
+from kernels.attention import DisentangledBias, dropout, varlen_attention
 
 
 class ModelError(ValueError):
@@ -71,10 +71,23 @@ class Packed:
                        positions=move(self.positions), cu_seqlens=move(self.cu_seqlens))
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the pairs in micro-batches, longest first, each within max_tokens (a longer pair stands alone)."""
+def micro_batches(lengths: Sequence[int], max_tokens: int, threads: int = 1) -> list[list[int]]:
+    """Indices of the pairs in micro-batches, longest first, each within max_tokens (a longer pair stands alone).
+
+    threads: as many for each of them, alike to a pair's length, as far as this leaves 1,024 tokens to each.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    total, longest = sum(lengths), max(lengths, default=0)
+    if threads > 1 and total > 1024 and max_tokens >= 2 * longest:
+        needed = -(-total // (max_tokens - longest))
+        wanted = min(-(-needed // threads) * threads, max(total // 1024, needed))
+        batches, before = [[] for _ in range(wanted)], 0
+        for i in order:
+            batches[before * wanted // total].append(i)
+            before += lengths[i]
+        return [batch for batch in batches if batch]
     batches, room = [], 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in order:
         if lengths[i] > room:
             batches.append([])
             room = max_tokens
@@ -88,6 +101,13 @@ def native_bf16(device) -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def packs_weights(dtype) -> bool:
+    """Whether torch was built with oneDNN's products over weights laid out beforehand, and this CPU runs them."""
+    return (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.cpu.get_cpu_capability()[:3] == "AVX"
+            and (dtype == torch.float32 or dtype == torch.bfloat16 and native_bf16("cpu")))
 
 
 @cache
@@ -124,9 +144,9 @@ def bert_layer(layer, x, batch, project, rows=None):
     else:
         k, v = project(x, attention.key, attention.value)
         x = x[rows]
-        q = attention.query(x)
+        q = project(x, attention.query)
     context = attend(q, k, v, batch, attention.attention_head_size, attention.dropout, rows)
-    return post_norm_block(layer, x, context)
+    return post_norm_block(layer, x, context, project)
 
 
 def deberta_layer(layer, x, batch, project, relative, lut, rows=None):
@@ -137,40 +157,38 @@ def deberta_layer(layer, x, batch, project, relative, lut, rows=None):
     else:
         k, v = project(x, attention.key_proj, attention.value_proj)
         x = x[rows]
-        q = attention.query_proj(x)
+        q = project(x, attention.query_proj)
     relative = attention.pos_dropout(relative)
     dim, kinds = attention.attention_head_size, attention.pos_att_type
     pos_key = pos_query = None
     if "c2p" in kinds:
-        pos_key = (attention.key_proj if attention.share_att_key else attention.pos_key_proj)(relative)
+        pos_key = project(relative, attention.key_proj if attention.share_att_key else attention.pos_key_proj)
         pos_key = pos_key.unflatten(-1, (-1, dim))
     if "p2c" in kinds:
-        pos_query = (attention.query_proj if attention.share_att_key else attention.pos_query_proj)(relative)
+        pos_query = project(relative, attention.query_proj if attention.share_att_key else attention.pos_query_proj)
         pos_query = pos_query.unflatten(-1, (-1, dim))
     context = attend(q, k, v, batch, dim, attention.dropout, rows, bias=DisentangledBias(pos_key, pos_query, lut),
                      scale=(dim * (1 + len(set(kinds) & {"c2p", "p2c"}))) ** -0.5)
-    return post_norm_block(layer, x, context)
+    return post_norm_block(layer, x, context, project)
 
 
-def post_norm_block(layer, x, context):
+def post_norm_block(layer, x, context, project):
     """Output projection and feed-forward, each added to its input and normalised after."""
     out = layer.attention.output
-    x = out.LayerNorm(add_(out.dropout(out.dense(context)), x))
-    inner = layer.intermediate.dense(x)
-    act = layer.intermediate.intermediate_act_fn
-    inner = torch.ops.aten.gelu_(inner) if isinstance(act, GELUActivation) and not inner.requires_grad else act(inner)
+    x = out.LayerNorm(add_(out.dropout(project(context, out.dense)), x))
+    inner = project(x, layer.intermediate.dense, act=layer.intermediate.intermediate_act_fn)
     out = layer.output
-    return out.LayerNorm(add_(out.dropout(out.dense(inner)), x))
+    return out.LayerNorm(add_(out.dropout(project(inner, out.dense)), x))
 
 
-def modernbert_layer(layer, x, batch, rope, rows=None):
+def modernbert_layer(layer, x, batch, project, rope, rows=None):
     """ModernBERT and Ettin (pre-norm, rotary, alternating windows). rope: cos and sin [tokens, 1, head_dim]."""
     attention = layer.attn
     dim = attention.head_dim
     window = None if attention.sliding_window is None else attention.sliding_window - 1  # Hugging Face's is exclusive
     h = layer.attn_norm(x)
     if rows is None:
-        q, k, v = attention.Wqkv(h).unflatten(-1, (3, -1, dim)).unbind(1)
+        q, k, v = project(h, attention.Wqkv).unflatten(-1, (3, -1, dim)).unbind(1)
     else:
         if window is not None:  # the first token sees its window: only these keys are needed
             h, rope, batch = crop(h, rope, batch, window + 1)
@@ -186,19 +204,20 @@ def modernbert_layer(layer, x, batch, rope, rows=None):
     q = rotate(q, cos, sin) if rows is None else rotate(q, cos[rows], sin[rows])
     context = attend(q, rotate(k, cos, sin), v, batch, dim, attention.attention_dropout if layer.training else 0.0,
                      rows, window=window)
-    x = x + attention.out_drop(attention.Wo(context))
-    return add_(layer.mlp(layer.mlp_norm(x)), x)
+    x = add_(attention.out_drop(project(context, attention.Wo)), x)
+    inner, gate = project(layer.mlp_norm(x), layer.mlp.Wi).chunk(2, -1)
+    return add_(project(layer.mlp.drop(layer.mlp.act(inner) * gate), layer.mlp.Wo), x)
 
 
-def attend(q, k, v, batch, head_dim, dropout, rows, **how):
+def attend(q, k, v, batch, head_dim, drop, rows, **how):
     """varlen_attention over heads split from [rows, hidden] (or split already) -> [rows, hidden]."""
     q, k, v = (t if t.dim() == 3 else t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
-    if isinstance(dropout, nn.Dropout):
-        dropout = dropout.p if dropout.training else 0.0
+    if isinstance(drop, nn.Dropout):
+        drop = drop.p if drop.training else 0.0
     if rows is not None:
         pairs = torch.arange(len(batch.lengths) + 1, dtype=torch.int32, device=q.device)
         how |= {"cu_seqlens_q": pairs, "max_seqlen_q": 1}
-    return varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, lengths=batch.lengths, dropout=dropout,
+    return varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, lengths=batch.lengths, dropout=drop,
                             **how).flatten(1)
 
 
@@ -210,6 +229,13 @@ def add_(fresh, x):
 def wide(x):
     """x in fp32 if it is narrower."""
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout that draws from the generator of `kernels.attention.dropout_from` where a thread has one."""
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
 
 
 def rotate(x, cos, sin):
@@ -282,7 +308,10 @@ class CrossEncoder(nn.Module):
         self.query_length, self.doc_length = query_length, doc_length
         self.new_weights: list[str] = []
         self.truncated = 0
-        self._fused: dict = {}
+        self._joined: dict = {}
+        for module in model.modules():
+            if type(module) is nn.Dropout:
+                module.__class__ = Dropout
         if model.dtype.itemsize < 4:  # the head in fp32 all the same: scores rounded to bf16 tie with each other
             body = getattr(model, FAMILIES[model.config.model_type][0])
             parts = [getattr(owner, p, None) for owner in (body, model) for p in ("pooler", "head", "classifier")]
@@ -406,8 +435,8 @@ class CrossEncoder(nn.Module):
         cls = None if mean else batch.cu_seqlens[:-1].long()
         *layers, last = body.layers
         for layer in layers:
-            x = modernbert_layer(layer, x, batch, ropes[layer.attention_type])
-        x = wide(body.final_norm(modernbert_layer(last, x, batch, ropes[last.attention_type], cls)))
+            x = modernbert_layer(layer, x, batch, self._project, ropes[layer.attention_type])
+        x = wide(body.final_norm(modernbert_layer(last, x, batch, self._project, ropes[last.attention_type], cls)))
         if mean:
             x = torch.segment_reduce(x, "mean", lengths=batch.cu_seqlens.diff(), axis=0)
         model = self.model
@@ -431,19 +460,39 @@ class CrossEncoder(nn.Module):
         relative = encoder.get_rel_embedding()[low : high + 1]
         return relative, (slots - low).to(self.device, non_blocking=True)
 
-    def _project(self, x, *linears):
-        """Several linear maps of one input: one product with the weights joined (kept while they do not change)."""
+    def _project(self, x, *linears, act=None):
+        """Linear maps of one input, a tensor for each (one alone for one), `act` applied to it.
+
+        Scoring joins them to one product, and on a CPU runs it with the weights laid out as oneDNN wants them and an
+        exact GELU in the same pass: 10 to 20 % faster than F.linear. Both are kept while the weights do not change.
+        """
         if self.training or torch.is_grad_enabled():
-            return [linear(x) for linear in linears]
-        versions = [(p.data_ptr(), p._version) for linear in linears for p in (linear.weight, linear.bias)]
-        kept = self._fused.get(linears)
-        if kept is None or kept[0] != versions:
-            weight = torch.cat([linear.weight for linear in linears])
-            kept = self._fused[linears] = (versions, weight, torch.cat([linear.bias for linear in linears]))
-        return F.linear(x, *kept[1:]).chunk(len(linears), -1)
+            outs = [linear(x) for linear in linears]
+            return outs if len(outs) > 1 else act(outs[0]) if act else outs[0]
+        cpu = x.device.type == "cpu"
+        dtype = torch.get_autocast_dtype("cpu") if cpu and torch.is_autocast_enabled("cpu") else linears[0].weight.dtype
+        now = dtype, [(p.data_ptr(), p._version) for linear in linears for p in linear.parameters()]
+        kept = self._joined.get(linears)
+        if kept is None or kept[0] != now:
+            weight = torch.cat([linear.weight for linear in linears]).to(dtype)
+            bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears]).to(dtype)
+            laid_out = cpu and packs_weights(dtype)
+            if laid_out:
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, default_max_tokens(x.device, training=False))
+            kept = self._joined[linears] = now, weight, bias, laid_out
+        _, weight, bias, laid_out = kept
+        gelu = isinstance(act, GELUActivation)
+        if laid_out:
+            how = ("gelu", [], "none") if gelu else ("none", [], "")
+            out = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, *how)
+        else:
+            out = F.linear(x, weight, bias)
+            out = torch.ops.aten.gelu_(out) if gelu else out
+        out = act(out) if act and not gelu else out
+        return out.chunk(len(linears), -1) if len(linears) > 1 else out
 
     def train(self, mode: bool = True) -> "CrossEncoder":
-        self._fused.clear()
+        self._joined.clear()
         return super().train(mode)
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -507,7 +556,7 @@ class CrossEncoder(nn.Module):
             return self(self.pack([query_ids[i] for i in part], [doc_ids[i] for i in part]))
 
         with evaluating(self):
-            done = in_threads(work, parts) if self.device.type == "cpu" else [work(part) for part in parts]
+            done = list((in_threads if self.device.type == "cpu" else map)(work, parts))
         if done:
             scores[[i for part in parts for i in part]] = torch.cat(done).cpu()
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
@@ -524,24 +573,29 @@ class CrossEncoder(nn.Module):
         return self.score_tokens([query_of[q] for q in queries], [document_of[d] for d in documents], max_tokens)
 
 
-def in_threads(work, items) -> list:
-    """[work(i) for i in items] on a CPU: as many at a time as torch has threads, each computed by one thread.
+def in_threads(work, items, spare=False):
+    """Yields work(i) for i in items, in order, on a CPU: as many at a time as torch has threads, each computed by one.
 
     Threads that share every small product wait for each other more than they work; a thread of its own for every
-    micro-batch also makes the last bits independent of how many there are.
+    micro-batch also makes the last bits independent of how many there are. spare: threads beyond the number of items
+    share the products all the same (where speed on a large machine counts more than those bits).
     """
     threads = torch.get_num_threads()
-    if threads == 1:
-        return [work(item) for item in items]
+    workers = min(threads, len(items))
+    each = threads // workers if spare and workers else 1
+    if workers <= 1 and each == threads:
+        yield from map(work, items)
+        return
     cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def alone(item):  # autocast, like the number of threads, is a setting of the calling thread
         with torch.autocast("cpu", dtype, enabled=cast):
             return work(item)
 
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(alone, items))
+        with ThreadPoolExecutor(workers or 1, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+            yield from pool.map(alone, items)
     finally:
         torch.set_num_threads(threads)  # MKL's number, unlike OpenMP's, is one for all threads
 

@@ -1,5 +1,7 @@
 """The packed encoder against Hugging Face's own padded eager forward, for every architecture it runs."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
-from kernels.attention import varlen_attention
+from kernels.attention import dropout, dropout_from, varlen_attention
 from kernels.encoder import (
     CrossEncoder,
     ModelError,
@@ -185,6 +187,66 @@ def test_dropout_follows_the_generator(name):
     assert encoder(packed).equal(encoder(packed))
 
 
+def test_dropout_of_a_thread_is_its_own():
+    """Four threads at once, each by its own seed: the masks of a thread alone, and torch's generator untouched."""
+    x = torch.ones(50, 70)
+
+    def draw(seed):
+        with dropout_from(seed, x.device):
+            return [dropout(x, 0.3) for _ in range(20)]
+
+    state = torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(draw, range(4)))
+    for seed, drawn in enumerate(together):
+        generator = torch.Generator().manual_seed(seed)
+        for got in drawn:
+            assert torch.equal(got, (torch.empty(50, 70).bernoulli_(0.7, generator=generator) / 0.7))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(together[0][0], together[0][1]) and not torch.equal(together[0][0], together[1][0])
+    with dropout_from(0, x.device):
+        assert dropout(x, 1.0).eq(0).all() and dropout(x, 0.0).equal(x)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_with_dropout_is_the_formula(window):
+    """Masks drawn from the same generator, probabilities and product written out per sequence, in float64."""
+    torch.manual_seed(2)
+    lengths = [6, 6, 1, 9]
+    q, k, v = torch.randn(3, 22, 2, 8, dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    with dropout_from(11, q.device):
+        out = varlen_attention(q, k, v, cu_seqlens, 9, window=window, scale=0.7, dropout=0.4)
+    generator, expected = torch.Generator().manual_seed(11), torch.zeros_like(out)
+    for start, n, length in [(0, 2, 6), (12, 1, 1), (13, 1, 9)]:  # a mask for each run of equal lengths
+        mask = torch.empty(n, 2, length, length, dtype=torch.float64).bernoulli_(0.6, generator=generator) / 0.6
+        for m in range(n):
+            rows = slice(start + m * length, start + (m + 1) * length)
+            for h in range(2):
+                scores = 0.7 * q[rows, h] @ k[rows, h].T
+                for i in range(length):
+                    for j in range(length):
+                        if window is not None and abs(i - j) > window:
+                            scores[i, j] = -torch.inf
+                expected[rows, h] = (scores.softmax(1) * mask[m, h]) @ v[rows, h]
+    torch.testing.assert_close(out, expected)
+
+
+def test_attention_in_bf16_has_the_gradients_of_fp64():
+    """Training in bf16 takes another way than scoring: outputs and gradients within bf16's rounding."""
+    torch.manual_seed(3)
+    cu_seqlens = torch.tensor([0, 70, 140, 143, 200], dtype=torch.int32)
+    q, k, v, up = torch.randn(4, 200, 2, 32, dtype=torch.float64).bfloat16()
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    narrow = [t.clone().requires_grad_() for t in (q, k, v)]
+    outs = [varlen_attention(*side, cu_seqlens, 70) for side in (exact, narrow)]
+    (outs[0] * up).sum().backward()
+    (outs[1] * up).sum().backward()
+    assert outs[1].dtype == torch.bfloat16
+    for got, want in [(outs[1], outs[0]), *((a.grad, b.grad) for a, b in zip(narrow, exact, strict=True))]:
+        assert (got.double() - want).norm() < 2**-6 * want.norm()
+
+
 def test_attention_dropout_keeps_the_expectation():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 12, 2, 8)
@@ -284,6 +346,21 @@ def test_micro_batches():
     assert batches[3][:2] == [2, 3]  # ties keep their order
     assert micro_batches([32, 32], 64) == [[0, 1]] and micro_batches([], 64) == []
     assert default_max_tokens("cpu", True) >= default_max_tokens("cpu", False) >= 1024
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("pairs, most", [(1, 2048), (3, 2048), (200, 2048), (200, 4096), (400, 300), (4000, 4096)])
+def test_micro_batches_of_threads_are_alike(threads, pairs, most):
+    lengths = np.random.default_rng(pairs).integers(3, 260, pairs).tolist()
+    batches = micro_batches(lengths, most, threads)
+    assert sorted(i for b in batches for i in b) == list(range(pairs))
+    sizes = [sum(lengths[i] for i in b) for b in batches]
+    assert max(sizes) <= max(most, max(lengths))
+    if sum(lengths) > 1024 * threads and most > 600:
+        assert len(batches) % threads == 0 and max(sizes) - min(sizes) <= 2 * max(lengths)
+    elif sum(lengths) > 1024 and most > 1024:
+        assert min(sizes) >= 1024 - max(lengths)
+    assert [lengths[i] for b in batches for i in b] == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta"])

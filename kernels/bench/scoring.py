@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from kernels import losses
 from kernels.encoder import CrossEncoder, default_max_tokens, in_threads, load_tokenizer, micro_batches, native_bf16
+from train import Step
 
 DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -129,7 +130,7 @@ def linear_floor(encoder, lengths, max_tokens):
             F.linear(inputs[w.shape[1]][:pairs], w, b)
 
     def run():
-        in_threads(products, batches)
+        list(in_threads(products, batches))
 
     return run
 
@@ -153,7 +154,8 @@ def scoring(args) -> None:
         name = minilm(folder)
         sides, scores, encoders = {}, {}, {}
         for dtype in ["float32"] + ["bfloat16"] * native_bf16("cpu"):
-            encoders[dtype] = encoder = CrossEncoder.from_pretrained(folder, dtype, "cpu")
+            # nothing is cut: the other side cuts elsewhere
+            encoders[dtype] = encoder = CrossEncoder.from_pretrained(folder, dtype, "cpu", 64, 440)
             peer = Peer(folder, device="cpu", model_kwargs={"dtype": dtype})
 
             def ours(encoder=encoder, dtype=dtype):
@@ -166,7 +168,7 @@ def scoring(args) -> None:
             for size in (32, 16, 64):
                 sides[f"sentence-transformers {dtype}, batches of {size}"] = lambda s=size, f=theirs: f(size=s)
             sides[f"packed {dtype}"] = ours
-            ids = [encoder.tokenize(texts, n) for texts, n in ((queries, 32), (documents, 256))]
+            ids = [encoder.tokenize(texts, n) for texts, n in ((queries, 64), (documents, 440))]
             lengths = [encoder.pair_length(len(q), len(d)) for q, d in zip(*ids, strict=True)]
             budget = args.max_tokens or default_max_tokens("cpu", training=False)
             sides[f"F.linear alone {dtype}"] = linear_floor(encoder, lengths, budget)
@@ -192,22 +194,19 @@ def scoring(args) -> None:
         print(f"\n**scores differ by {gap:.1e}**")
 
 
-def packed_step(encoder, queries, documents, width, max_tokens, dtype="float32"):
-    """A step as train.py takes it: micro-batches with their graphs kept, the loss once, one backward pass."""
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-5, weight_decay=0.0)
-    targets = F.one_hot(torch.zeros(len(queries) // width, dtype=torch.int64), width).float()
+def packed_step(encoder, queries, documents, width, max_tokens=None, dtype="float32"):
+    """train.py's own step: tokenising, micro-batches, the loss, gradients, their norm, AdamW."""
+    n = len(queries) // width
+    args = SimpleNamespace(max_tokens=max_tokens, dtype=dtype, seed=1, lr=1e-5, warmup=0, steps=10**6, clip=1.0)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    one = Step(encoder, "infonce", optimizer, args, 0, 1)
+    batch = {"qids": queries, "own": torch.arange(n * width), "lengths": torch.full((n,), width),
+             "targets": F.one_hot(torch.zeros(n, dtype=torch.int64), width).float()}
 
     def step():
-        ids = encoder.tokenize(queries, encoder.query_length), encoder.tokenize(documents, encoder.doc_length)
-        parts = micro_batches([encoder.pair_length(len(q), len(d)) for q, d in zip(*ids, strict=True)], max_tokens)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            scores = torch.cat([encoder(encoder.pack(*([side[i] for i in part] for side in ids))) for part in parts])
-        order = torch.tensor([i for part in parts for i in part])
-        loss = losses.infonce(torch.zeros_like(scores).index_put((order,), scores).view(-1, width), targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
+        ids = {"queries": encoder.tokenize(queries, encoder.query_length),
+               "documents": encoder.tokenize(documents, encoder.doc_length)}
+        return one(0, batch | ids)[0]
 
     return step
 
@@ -289,17 +288,15 @@ def training(args) -> None:
 
     width = 8
     queries, documents, source = real_or_random_pairs(args.queries * width, per_query=width)
-    budgets = [args.max_tokens] if args.max_tokens else [2048, 4096]
+    dtypes = ["float32"] + ["bfloat16"] * native_bf16("cpu")
     with tempfile.TemporaryDirectory() as folder:
         name = minilm(folder)
 
         def fresh():
             return without_dropout(CrossEncoder.from_pretrained(folder, "float32", "cpu"))
 
-        sides = {f"packed float32, micro-batches of {b:,} tokens": packed_step(fresh(), queries, documents, width, b)
-                 for b in budgets}
-        if native_bf16("cpu"):
-            sides["packed bfloat16 autocast"] = packed_step(fresh(), queries, documents, width, 16384, "bfloat16")
+        sides = {f"packed {dtype}": packed_step(fresh(), queries, documents, width, args.max_tokens, dtype)
+                 for dtype in dtypes}
         for m in (4, args.queries):
             sides[f"padded Hugging Face, {m * width} pairs"] = padded_step(
                 fresh().model, fresh().tokenizer, queries, documents, width, m)
@@ -349,8 +346,7 @@ def deberta_bench(args) -> None:
         print(f"| {side} | {s:.2f} | {seconds[best] / s:.2f} | {largest_difference(scores[side], scores[best]):.1e} |")
     queries, documents, source = real_or_random_pairs(args.queries // 4 * width, per_query=width)
     without_dropout(encoder)
-    budget = args.max_tokens or default_max_tokens("cpu", training=True)
-    sides = {"packed": packed_step(encoder, queries, documents, width, budget)}
+    sides = {"packed": packed_step(encoder, queries, documents, width, args.max_tokens)}
     for m in (1, 2):
         sides[f"Hugging Face eager, padded, {m * width} pairs"] = padded_step(
             encoder.model, encoder.tokenizer, queries, documents, width, m)
