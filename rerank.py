@@ -895,7 +895,7 @@ def main() -> int:
     if write_in_blocks(args.out, plan, run, Path(args.model).name, scorer, args.overwrite):
         say(f"{args.out}: {len(run):,} queries, {scorer.summary()}")
         with atomic_write(Path(f"{args.out}.json")) as file:
-            json.dump({"seconds": scorer.seconds, "pairs": scorer.pairs, "model": args.model,
+            json.dump({"seconds": scorer.seconds, "waited": scorer.waited, "pairs": scorer.pairs, "model": args.model,
                        "device": str(model.device), "dtype": str(model.model.dtype)}, file)
     return 0
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -31,7 +32,7 @@ def dropout_from(seed: int, device):
         torch.manual_seed(seed)
         yield
         return
-    _of_thread.generator = torch.Generator().manual_seed(seed)
+    _of_thread.generator = np.random.Generator(np.random.SFC64(seed))
     try:
         yield
     finally:
@@ -39,11 +40,17 @@ def dropout_from(seed: int, device):
 
 
 def dropout(x, p: float):
-    """x with each element zeroed with probability p and scaled by 1 / (1 - p) else; see dropout_from."""
+    """x with each element zeroed with probability p and scaled by 1 / (1 - p) else; see dropout_from.
+
+    Under dropout_from on a CPU p is rounded to 1/65536, in both places: 16 bits a mask element are drawn several times
+    as fast as torch's Bernoulli numbers, which cost an eighth of a training step.
+    """
     generator = getattr(_of_thread, "generator", None)
     if generator is None or not 0 < p < 1:
         return F.dropout(x, p)
-    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    kept = min(max(round((1 - p) * 65536), 1), 65535)
+    draws = torch.from_numpy(generator.integers(-32768, 32768, x.shape, dtype=np.int16))
+    return x * (draws < kept - 32768).to(x.dtype).mul_(65536 / kept)
 
 
 @dataclass(frozen=True)

@@ -198,28 +198,35 @@ def test_dropout_of_a_thread_is_its_own():
     state = torch.get_rng_state()
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(draw, range(4)))
+    kept = round(0.7 * 65536)
     for seed, drawn in enumerate(together):
-        generator = torch.Generator().manual_seed(seed)
-        for got in drawn:
-            assert torch.equal(got, (torch.empty(50, 70).bernoulli_(0.7, generator=generator) / 0.7))
+        assert all(map(torch.equal, drawn, draw(seed)))
+        assert set(torch.stack(drawn).unique().tolist()) == {0.0, torch.tensor(65536 / kept).item()}
+        assert float((torch.stack(drawn) > 0).double().mean()) == pytest.approx(kept / 65536, abs=0.008)  # 4.6 sigma
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(together[0][0], together[0][1]) and not torch.equal(together[0][0], together[1][0])
+    with dropout_from(3, x.device):
+        y = torch.randn(40, 9, requires_grad=True)
+        out = dropout(y, 0.4)
+    (gradient,) = torch.autograd.grad(out.sum(), y)
+    torch.testing.assert_close(gradient, (out / y).detach())
     with dropout_from(0, x.device):
         assert dropout(x, 1.0).eq(0).all() and dropout(x, 0.0).equal(x)
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_attention_with_dropout_is_the_formula(window):
-    """Masks drawn from the same generator, probabilities and product written out per sequence, in float64."""
+    """Masks of the same draws, probabilities and product written out per sequence, in float64."""
     torch.manual_seed(2)
     lengths = [6, 6, 1, 9]
     q, k, v = torch.randn(3, 22, 2, 8, dtype=torch.float64)
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     with dropout_from(11, q.device):
         out = varlen_attention(q, k, v, cu_seqlens, 9, window=window, scale=0.7, dropout=0.4)
-    generator, expected = torch.Generator().manual_seed(11), torch.zeros_like(out)
-    for start, n, length in [(0, 2, 6), (12, 1, 1), (13, 1, 9)]:  # a mask for each run of equal lengths
-        mask = torch.empty(n, 2, length, length, dtype=torch.float64).bernoulli_(0.6, generator=generator) / 0.6
+    expected, runs = torch.zeros_like(out), [(0, 2, 6), (12, 1, 1), (13, 1, 9)]  # equal lengths side by side
+    with dropout_from(11, q.device):
+        masks = [dropout(torch.ones(n, 2, length, length, dtype=torch.float64), 0.4) for _, n, length in runs]
+    for (start, n, length), mask in zip(runs, masks, strict=True):
         for m in range(n):
             rows = slice(start + m * length, start + (m + 1) * length)
             for h in range(2):

@@ -691,7 +691,8 @@ sys.exit(train.guarded(train.main))
 
 def test_bad_input_is_said_once_by_all_ranks(place, tmp_path):
     runner = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29532"]
-    process = spawn(place, "--lists", tmp_path / "none.run", "--out", tmp_path / "run", runner=runner)
+    process = spawn(place, "--out", tmp_path, runner=runner)
+    (tmp_path / "notes.txt").write_text("a folder with other things in it, which each rank sees by itself")
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0 and error.count("error: ") == 1, error
 

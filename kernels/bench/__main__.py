@@ -8,6 +8,7 @@ NAMES = {
     "scoring": "pairs scored per second against sentence-transformers",
     "training": "a training step against sentence-transformers and padded Hugging Face",
     "deberta": "DeBERTa-v3 packed against Hugging Face padded",
+    "scale": "rerank.py: its start, its cost and memory as the work grows, time without text to score",
     "losses": "fused losses: bytes, launches, memory; time on a GPU",
     "aot": "registers, spills and shared memory of every kernel on sm_80, sm_90, sm_100 (no GPU needed)",
     "roofline": "the figures of kernels/ROOFLINE.md",
