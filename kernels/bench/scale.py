@@ -1,6 +1,6 @@
 """`python -m kernels.bench scale`: rerank.py as a user runs it: its start, and its cost as the work grows.
 
-Start: `rerank.py --query` on 100 lines beside a process that imports torch and transformers and loads the same model
+Start: `rerank.py --query` on 100 lines of 20 words beside a process that imports torch and transformers and loads the same model
 and tokenizer, in turns, --repeats times; medians. Growth: runs of --pairs pairs, 100 documents a query, documents drawn
 from 20,000 (the passages of $SHARED_DATA's TREC-DL collections, else random words of their lengths), queries the first
 eight words of passages. Seconds are rerank.py's own for scoring, loading left out; `waiting` is the part of them with
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         name = minilm(str(folder / "model"))
-        (folder / "lines.txt").write_text("".join(" ".join(text.split()) + "\n" for text in texts[:100]))
+        (folder / "lines.txt").write_text("".join(" ".join(text.split()[:20]) + "\n" for text in texts[:100]))
         both = {"import torch, transformers; load": ["-c", LOAD, folder / "model"],
                 "rerank.py --query, 100 lines": ["rerank.py", "--model", folder / "model", "--dtype", args.dtype,
                                                  "--query", "how do vaccines work", folder / "lines.txt"]}
