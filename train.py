@@ -368,8 +368,8 @@ class Step:
     One pass: every micro-batch is scored with its graph kept. Two passes, where the step exceeds `keep` tokens: all
     scores without gradient, then each micro-batch again under the same dropout (the generator is seeded by step and
     micro-batch), so that memory does not grow with the list. On a CPU each thread takes a micro-batch of its own and
-    their gradients are added in order. In both the loss and d loss / d scores are computed once,
-    on the lists of the whole batch, all ranks included: a ragged share weighs what it should.
+    their gradients are added in order. In both ways the loss and d loss / d scores are computed once, on the lists of
+    the whole batch, all ranks included: a ragged share weighs what it should.
     """
 
     def __init__(self, model, loss, optimizer, args, rank, world):

@@ -466,12 +466,15 @@ class CrossEncoder(nn.Module):
         Scoring joins them to one product, and on a CPU runs it with the weights laid out as oneDNN wants them and an
         exact GELU in the same pass: 10 to 20 % faster than F.linear. Both are kept while the weights do not change.
         """
-        if self.training or torch.is_grad_enabled():
+        cpu, gelu = x.device.type == "cpu", isinstance(act, GELUActivation)
+        if self.training or torch.is_grad_enabled() or not cpu and len(linears) == 1:
             outs = [linear(x) for linear in linears]
-            return outs if len(outs) > 1 else act(outs[0]) if act else outs[0]
-        cpu = x.device.type == "cpu"
+            if len(outs) > 1 or not act:
+                return outs if len(outs) > 1 else outs[0]
+            return torch.ops.aten.gelu_(outs[0]) if gelu and not outs[0].requires_grad else act(outs[0])
         dtype = torch.get_autocast_dtype("cpu") if cpu and torch.is_autocast_enabled("cpu") else linears[0].weight.dtype
-        now = dtype, [(p.data_ptr(), p._version) for linear in linears for p in linear.parameters()]
+        now = dtype, [(p.data_ptr(), p._version) for linear in linears for p in (linear.weight, linear.bias)
+                      if p is not None]
         kept = self._joined.get(linears)
         if kept is None or kept[0] != now:
             weight = torch.cat([linear.weight for linear in linears]).to(dtype)
@@ -481,7 +484,6 @@ class CrossEncoder(nn.Module):
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, default_max_tokens(x.device, training=False))
             kept = self._joined[linears] = now, weight, bias, laid_out
         _, weight, bias, laid_out = kept
-        gelu = isinstance(act, GELUActivation)
         if laid_out:
             how = ("gelu", [], "none") if gelu else ("none", [], "")
             out = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, *how)

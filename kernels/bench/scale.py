@@ -1,10 +1,10 @@
 """`python -m kernels.bench scale`: rerank.py as a user runs it: its start, and its cost as the work grows.
 
-Start: `rerank.py --query` on 100 lines of 20 words beside a process that imports torch and transformers and loads the same model
-and tokenizer, in turns, --repeats times; medians. Growth: runs of --pairs pairs, 100 documents a query, documents drawn
-from 20,000 (the passages of $SHARED_DATA's TREC-DL collections, else random words of their lengths), queries the first
-eight words of passages. Seconds are rerank.py's own for scoring, loading left out; `waiting` is the part of them with
-nothing tokenised to score; memory is the peak of the process.
+Start: `rerank.py --query` on 100 lines of 20 words beside a process that imports torch and transformers and loads the
+same model and tokenizer, in turns, --repeats times; medians. Growth: runs of --pairs pairs, 100 documents a query,
+documents drawn from 20,000 (the passages of $SHARED_DATA's TREC-DL collections, else random words of their lengths),
+queries the first eight words of passages. Seconds are rerank.py's own for scoring, loading left out; `waiting` is the
+part of them with nothing tokenised to score; memory is the peak of the process.
 """
 
 import argparse
