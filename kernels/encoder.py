@@ -121,6 +121,7 @@ def keep_freed_memory() -> None:
     if mallopt:
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             mallopt(option, 1 << 30)
+        mallopt(-8, 1)  # M_ARENA_MAX: the threads that micro-batches run in share what was freed
 
 
 def default_max_tokens(device, training: bool) -> int:
@@ -551,14 +552,16 @@ class CrossEncoder(nn.Module):
         """
         scores = torch.empty(len(query_ids))
         lengths = [self.pair_length(len(q), len(d)) for q, d in zip(query_ids, doc_ids, strict=True)]
-        parts = micro_batches(lengths, max_tokens or default_max_tokens(self.device, training=False))
+        cpu = self.device.type == "cpu"
+        # shared evenly by up to 8 threads, whatever their number: it must not change the scores
+        parts = micro_batches(lengths, max_tokens or default_max_tokens(self.device, training=False), 8 if cpu else 1)
 
         @torch.inference_mode()
         def work(part):
             return self(self.pack([query_ids[i] for i in part], [doc_ids[i] for i in part]))
 
         with evaluating(self):
-            done = list((in_threads if self.device.type == "cpu" else map)(work, parts))
+            done = list((in_threads if cpu else map)(work, parts))
         if done:
             scores[[i for part in parts for i in part]] = torch.cat(done).cpu()
         bad = (~scores.isfinite()).nonzero().flatten().tolist()

@@ -115,7 +115,7 @@ def linear_floor(encoder, lengths, max_tokens):
     shapes = (3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)
     weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
     biases = [torch.randn(len(w), dtype=dtype) for w in weights]
-    batches = micro_batches(lengths, max_tokens)
+    batches = micro_batches(lengths, max_tokens, 8)
     tokens = max(sum(lengths[i] for i in b) for b in batches)
     inputs = {width: torch.randn(tokens, width, dtype=dtype) for width in {hidden, inner}}
 
