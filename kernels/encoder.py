@@ -121,7 +121,6 @@ def keep_freed_memory() -> None:
     if mallopt:
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             mallopt(option, 1 << 30)
-        mallopt(-8, 1)  # M_ARENA_MAX: the threads that micro-batches run in share what was freed
 
 
 def default_max_tokens(device, training: bool) -> int:
