@@ -425,7 +425,8 @@ class Step:
             for gradients in each(backward, range(len(parts))):  # added in order, whichever was computed first
                 for p, gradient in zip(self.parameters, gradients, strict=True):
                     if gradient is not None:
-                        p.grad = gradient.contiguous() if p.grad is None else p.grad.add_(gradient)
+                        p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
+                del gradients, gradient  # else they would lie beside those of the next micro-batch
 
         self._agreed(add_up)
         if self.world > 1:
