@@ -451,7 +451,10 @@ class Step:
             if votes and not failure:
                 failure = torch.OutOfMemoryError("another rank is out of memory")
         if failure:
-            raise failure
+            try:
+                raise failure
+            finally:
+                failure = None  # its traceback holds this frame: a cycle, in which the failed try's tensors would stay
         return result
 
     def __call__(self, k: int, batch: dict) -> tuple[float, float]:

@@ -168,7 +168,8 @@ def scoring(args) -> None:
             for size in (32, 16, 64):
                 sides[f"sentence-transformers {dtype}, batches of {size}"] = lambda s=size, f=theirs: f(size=s)
             sides[f"packed {dtype}"] = ours
-            ids = [encoder.tokenize(texts, n) for texts, n in ((queries, 64), (documents, 440))]
+            ids = [encoder.tokenize(texts, n) for texts, n in
+                   ((queries, encoder.query_length), (documents, encoder.doc_length))]
             lengths = [encoder.pair_length(len(q), len(d)) for q, d in zip(*ids, strict=True)]
             budget = args.max_tokens or default_max_tokens("cpu", training=False)
             sides[f"F.linear alone {dtype}"] = linear_floor(encoder, lengths, budget)
