@@ -36,6 +36,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+# Before kernels.encoder's own 16: in bf16 the attention of every length takes products of its own, forward and back.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 from evaluate import SUITES, BadInput, Parser, at_least, evaluate, markdown_table, mean, parse_measure
 from kernels import losses
 from kernels.attention import dropout_from
@@ -380,8 +382,15 @@ class Step:
         self.max_tokens = args.max_tokens or default_max_tokens(device, training=True)
         self.keep = self.max_tokens
         if device.type == "cpu" and not args.max_tokens:
-            # about 34 fp32 values per token, layer and hidden unit are kept for the backward pass; up to 4 GiB of them
-            self.keep = max(self.keep, 2**32 // (34 * 4 * config.num_hidden_layers * config.hidden_size))
+            # about 34 fp32 values per token, layer and hidden unit are kept for the backward pass; up to 4 GiB of them,
+            # by one pass or by all threads together
+            fit = 2**32 // (34 * 4 * config.num_hidden_layers * config.hidden_size)
+            self.keep = max(self.keep, fit)
+            self.max_tokens = min(self.max_tokens, max(fit // torch.get_num_threads(), 512))
+        if device.type == "cpu":  # the gradient of a vocabulary has few rows that are not zero, and 47 MB of the others
+            for module in model.modules():
+                if isinstance(module, torch.nn.Embedding):
+                    module.sparse = True
 
     def _forward(self, batch, part, seed, gradient):
         device = self.model.device
@@ -425,7 +434,7 @@ class Step:
             for gradients in each(backward, range(len(parts))):  # added in order, whichever was computed first
                 for p, gradient in zip(self.parameters, gradients, strict=True):
                     if gradient is not None:
-                        p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
+                        p.grad = p.grad.add_(gradient) if p.grad is not None else gradient.to_dense().clone()
                 del gradients, gradient  # else they would lie beside those of the next micro-batch
 
         self._agreed(add_up)

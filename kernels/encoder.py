@@ -4,11 +4,9 @@ Hugging Face's modules hold the weights; the layers are run here by hand over pa
 way serves training and scoring, CPU and GPU, and saving and loading stay Hugging Face's own.
 """
 
-import ctypes
 import json
 import os
 import struct
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +26,11 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from kernels.attention import DisentangledBias, dropout, varlen_attention
+
+# oneDNN keeps the machine code of its last 1,024 products, megabytes for one number of rows: hundreds of MB where no
+# two batches are alike. Read at the first product. train.py keeps more: its attention takes a product per length.
+for cache_size in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(cache_size, "16")
 
 
 class ModelError(ValueError):
@@ -110,23 +113,10 @@ def packs_weights(dtype) -> bool:
             and (dtype == torch.float32 or dtype == torch.bfloat16 and native_bf16("cpu")))
 
 
-@cache
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed buffers for the next layer instead of returning them to the system.
-
-    Activations of a micro-batch are megabytes each: by default every one is mapped anew, and page faults cost a
-    CPU 5 to 10 % of the scoring time. A no-op where the C library has no mallopt.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            mallopt(option, 1 << 30)
-
-
 def default_max_tokens(device, training: bool) -> int:
     """Tokens of a micro-batch. On a CPU small ones win: their buffers stay in the cache; a GPU wants large ones."""
     if torch.device(device).type == "cpu":
-        return 4096 if training else 2048
+        return 1792 if training else 2048
     return 16384 if training else 65536
 
 
@@ -317,8 +307,6 @@ class CrossEncoder(nn.Module):
             parts = [getattr(owner, p, None) for owner in (body, model) for p in ("pooler", "head", "classifier")]
             for part in filter(None, parts):
                 part.float()
-        if model.device.type == "cpu":
-            keep_freed_memory()
         self.train(model.training)
         cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         if cls is None or sep is None:

@@ -374,5 +374,7 @@ def main(argv: list[str]) -> int:
     args.pairs = args.pairs or (64 if args.section == "deberta" else 600)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.section == "training":
+        os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "256"  # as train.py says; read at the first product
     {"scoring": scoring, "training": training, "deberta": deberta_bench}[args.section](args)
     return 0
