@@ -107,27 +107,34 @@ def alternate(sides: dict, repeats: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def linear_floor(encoder, lengths, max_tokens):
-    """A function that runs the F.linear products of scoring these pairs and nothing else (last layer [CLS]-only)."""
+def linear_floor(encoder, lengths, max_tokens, dtype, gradients=False):
+    """A function that runs the F.linear products of scoring these pairs and nothing else (last layer [CLS]-only);
+    gradients: those of a training step, each product with the two of its backward pass."""
     config = encoder.model.config
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    dtype = encoder.model.dtype
+    dtype = getattr(torch, dtype)
     shapes = (3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)
     weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
     biases = [torch.randn(len(w), dtype=dtype) for w in weights]
-    batches = micro_batches(lengths, max_tokens, 8)
+    batches = micro_batches(lengths, max_tokens, torch.get_num_threads() if gradients else 8)
     tokens = max(sum(lengths[i] for i in b) for b in batches)
     inputs = {width: torch.randn(tokens, width, dtype=dtype) for width in {hidden, inner}}
+
+    def product(n, w, b):
+        x = inputs[w.shape[1]][:n]
+        out = F.linear(x, w, b)
+        if gradients:
+            torch.mm(out, w), torch.mm(out.t(), x)
 
     @torch.inference_mode()
     def products(batch):
         n, pairs = sum(lengths[i] for i in batch), len(batch)
         for _ in range(layers - 1):
             for w, b in zip(weights, biases, strict=True):
-                F.linear(inputs[w.shape[1]][:n], w, b)
-        F.linear(inputs[hidden][:n], weights[0][hidden:], biases[0][hidden:])
+                product(n, w, b)
+        product(n, weights[0][hidden:], biases[0][hidden:])
         for w, b in zip([weights[0][:hidden], *weights[1:]], [biases[0][:hidden], *biases[1:]], strict=True):
-            F.linear(inputs[w.shape[1]][:pairs], w, b)
+            product(pairs, w, b)
 
     def run():
         list(in_threads(products, batches))
@@ -172,7 +179,7 @@ def scoring(args) -> None:
                    ((queries, encoder.query_length), (documents, encoder.doc_length))]
             lengths = [encoder.pair_length(len(q), len(d)) for q, d in zip(*ids, strict=True)]
             budget = args.max_tokens or default_max_tokens("cpu", training=False)
-            sides[f"F.linear alone {dtype}"] = linear_floor(encoder, lengths, budget)
+            sides[f"F.linear alone {dtype}"] = linear_floor(encoder, lengths, budget, dtype)
         seconds = alternate(sides, args.repeats)
     heading("Scoring", f"{name}, {len(pairs)} pairs, {sum(lengths):,} tokens ({source}), micro-batches of {budget:,}")
     default = "sentence-transformers float32, batches of 32"
@@ -234,7 +241,7 @@ def padded_step(model, tokenizer, queries, documents, width, mini_batch, dtype="
     return step
 
 
-def peer_step(peer, queries, documents, width, mini_batch):
+def peer_step(peer, queries, documents, width, mini_batch, dtype="float32"):
     """The step of sentence-transformers' trainer: its loss on its padded columns (no in-batch negatives), AdamW."""
     from sentence_transformers.cross_encoder.losses import MultipleNegativesRankingLoss
 
@@ -249,7 +256,8 @@ def peer_step(peer, queries, documents, width, mini_batch):
             rows = range(at, min(at + mini_batch, n))
             columns = [[queries[i * width] for i in rows]]
             columns += [[documents[i * width + j] for i in rows] for j in range(width)]
-            loss = loss_function(columns, None) * (len(rows) / n)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = loss_function(columns, None) * (len(rows) / n)
             loss.backward()
             total += float(loss.detach())
         optimizer.step()
@@ -270,7 +278,8 @@ def without_dropout(module):
 def print_steps(seconds, values, reference, tokens) -> None:
     print(f"| | seconds a step | tokens/s | against {reference} | loss of the first step |\n|---|---|---|---|---|")
     for side, s in seconds.items():
-        print(f"| {side} | {s:.2f} | {tokens / s:.0f} | {seconds[reference] / s:.2f} | {values[side]:.5f} |")
+        value = f"{values[side]:.5f}" if side in values else ""
+        print(f"| {side} | {s:.2f} | {tokens / s:.0f} | {seconds[reference] / s:.2f} | {value} |")
 
 
 def first_values(sides: dict) -> tuple[dict, dict]:
@@ -301,18 +310,28 @@ def training(args) -> None:
         for m in (4, args.queries):
             sides[f"padded Hugging Face, {m * width} pairs"] = padded_step(
                 fresh().model, fresh().tokenizer, queries, documents, width, m)
-        for m in (2, 4, args.queries):
-            peer = without_dropout(Peer(folder, device="cpu"))
-            sides[f"sentence-transformers, {m} queries"] = peer_step(peer, queries, documents, width, m)
+        for dtype in dtypes:
+            for m in (2, 4, args.queries):
+                peer = without_dropout(Peer(folder, device="cpu"))
+                sides[f"sentence-transformers {dtype}, {m} queries"] = peer_step(
+                    peer, queries, documents, width, m, dtype)
         sides, values = first_values(sides)
-        seconds = alternate(sides, args.repeats)
         encoder = fresh()
-    tokens = sum(encoder.pair_length(len(q), len(d)) for q, d in zip(
-        encoder.tokenize(queries, 32), encoder.tokenize(documents, 256), strict=True))
+        lengths = [encoder.pair_length(len(q), len(d)) for q, d in zip(
+            encoder.tokenize(queries, 32), encoder.tokenize(documents, 256), strict=True)]
+        budget = args.max_tokens or default_max_tokens("cpu", training=True)
+        floors = {dtype: f"products alone {dtype}" for dtype in dtypes}
+        sides |= {name: linear_floor(encoder, lengths, budget, dtype, True) for dtype, name in floors.items()}
+        seconds = alternate(sides, args.repeats)
+    tokens = sum(lengths)
     heading("Training step", f"{name}, {args.queries} queries x {width} documents, {tokens:,} tokens ({source}), "
             "InfoNCE, AdamW, dropout off, tokenising included")
-    best = min((s, n) for n, s in seconds.items() if n.startswith("sentence"))[1]
+    best = min((s, n) for n, s in seconds.items() if n.startswith("sentence-transformers float32"))[1]
     print_steps(seconds, values, best, tokens)
+    for dtype, name in floors.items():
+        share = seconds[name] / seconds[f"packed {dtype}"]
+        print(f"\n{dtype}: {share:.0%} of the speed that the products of F.linear and its backward pass alone set "
+              f"as the floor, which is {seconds[best] / seconds[name]:.2f} times {best}")
 
 
 def deberta_bench(args) -> None:
