@@ -1,10 +1,11 @@
 """`python -m kernels.bench memory`: peak memory of one training step at 100, 400 and 1,600 documents per query.
 
 One query of N documents, 91 tokens a pair (all alike: of drawn lengths a longer list's first micro-batch would hold
-longer documents, which is another matter), the weights of all-MiniLM-L6-v2, fp32: forward, RankNet and backward, no
-optimizer. The other side is sentence-transformers' RankNetLoss and ListNetLoss with mini_batch_size 32, which cuts the
-forward pass but keeps every graph. Each figure is the peak resident memory of a process of its own, less that of the
-same process before the step. Sizes beyond --limit GiB, by the growth seen, are not run for the other side.
+longer documents, which is another matter), the weights of all-MiniLM-L6-v2, fp32: forward, RankNet and backward in two
+passes at every size, no optimizer. The other side is sentence-transformers' RankNetLoss and ListNetLoss with
+mini_batch_size 32, which cuts the forward pass but keeps every graph. Each figure is the peak resident memory of a
+process of its own, less that of the same process before the step. Sizes beyond --limit GiB, by the growth seen, are not
+run for the other side.
 """
 
 import argparse
