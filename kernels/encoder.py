@@ -116,7 +116,7 @@ def packs_weights(dtype) -> bool:
 def default_max_tokens(device, training: bool) -> int:
     """Tokens of a micro-batch. On a CPU small ones win: their buffers stay in the cache; a GPU wants large ones."""
     if torch.device(device).type == "cpu":
-        return 1792 if training else 2048
+        return 1664 if training else 2048
     return 16384 if training else 65536
 
 

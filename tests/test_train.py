@@ -275,12 +275,12 @@ def test_threads_share_the_memory_of_a_step(place, monkeypatch):
     monkeypatch.setattr(config, "num_hidden_layers", 12)
     monkeypatch.setattr(config, "hidden_size", 768)
     held = {}
-    for number in (1, 2, 4, 64):
+    for number in (1, 2, 3, 4, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
         step = train.Step(model, "infonce", None, args, 0, 1)
         held[number] = step.max_tokens
         assert step.keep == 2**32 // (34 * 4 * 12 * 768)
-    assert held == {1: 1792, 2: step.keep // 2, 4: step.keep // 4, 64: 512}
+    assert held == {1: 1664, 2: 1664, 3: step.keep // 3, 4: step.keep // 4, 64: 512}
     args.max_tokens = 5000
     assert train.Step(model, "infonce", None, args, 0, 1).max_tokens == 5000
 
