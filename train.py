@@ -383,7 +383,7 @@ class Step:
         self.keep = self.max_tokens
         if device.type == "cpu" and not args.max_tokens:
             # about 34 fp32 values per token, layer and hidden unit are kept for the backward pass; up to 4 GiB of them,
-            # by one pass or by all threads together
+            # by one pass or by all threads together (beyond 4 GiB only where that leaves a thread less than 512 tokens)
             fit = 2**32 // (34 * 4 * config.num_hidden_layers * config.hidden_size)
             self.keep = max(self.keep, fit)
             self.max_tokens = min(self.max_tokens, max(fit // torch.get_num_threads(), 512))
@@ -434,7 +434,10 @@ class Step:
             for gradients in each(backward, range(len(parts))):  # added in order, whichever was computed first
                 for p, gradient in zip(self.parameters, gradients, strict=True):
                     if gradient is not None:
-                        p.grad = p.grad.add_(gradient) if p.grad is not None else gradient.to_dense().clone()
+                        if p.grad is None:
+                            p.grad = gradient.to_dense() if gradient.is_sparse else gradient.clone()
+                        else:
+                            p.grad.add_(gradient)
                 del gradients, gradient  # else they would lie beside those of the next micro-batch
 
         self._agreed(add_up)
