@@ -7,11 +7,12 @@ way serves training and scoring, CPU and GPU, and saving and loading stay Huggin
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -584,12 +585,25 @@ def in_threads(work, items, spare=False):
         with torch.autocast("cpu", dtype, enabled=cast):
             return work(item)
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(each)  # of this thread, and MKL's, which is one for all
+    pending = deque(_pool(threads // each, each).submit(alone, item) for item in items)
     try:
-        with ThreadPoolExecutor(workers or 1, initializer=torch.set_num_threads, initargs=(each,)) as pool:
-            yield from pool.map(alone, items)
+        while pending:
+            yield pending.popleft().result()
     finally:
-        torch.set_num_threads(threads)  # MKL's number, unlike OpenMP's, is one for all threads
+        for future in pending:
+            future.cancel()
+        wait(pending)
+        torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=1)
+def _pool(workers, each):
+    """Kept from call to call: new threads would leave the memory that malloc keeps for the old ones lying idle."""
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of these threads
 
 
 @contextmanager

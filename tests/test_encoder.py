@@ -1,8 +1,11 @@
 """The packed encoder against Hugging Face's own padded eager forward, for every architecture it runs."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from kernels.encoder import (
     NonFiniteScores,
     check_config,
     default_max_tokens,
+    in_threads,
     micro_batches,
 )
 
@@ -512,6 +516,37 @@ def test_scores_do_not_depend_on_the_number_of_threads():
     for exact, cast in (scores[2:4], scores[4:]):
         assert exact.equal(scores[0]) and cast.equal(scores[1])
     assert not scores[0].equal(scores[1])
+
+
+def test_threads_are_kept_from_call_to_call_wait_for_each_other_and_do_not_live_in_a_fork():
+    threads, running = torch.get_num_threads(), []
+    barrier = threading.Barrier(2)
+
+    def together(i):
+        barrier.wait(30)
+        return i, threading.get_ident()
+
+    def fails_first(i):
+        if i == 0:
+            raise KeyError("the first")
+        time.sleep(0.2)
+        running.append(torch.get_num_threads())
+
+    try:
+        torch.set_num_threads(2)
+        first, second = (list(in_threads(together, range(4))) for _ in range(2))
+        assert [i for i, _ in first] == [0, 1, 2, 3]
+        idents = [{thread for _, thread in done} for done in (first, second)]
+        assert len(idents[0]) == 2 and idents[0] == idents[1]
+        with pytest.raises(KeyError, match="the first"):
+            list(in_threads(fails_first, range(2)))
+        assert running == [1] and torch.get_num_threads() == 2  # the second was waited for, with a core of its own
+        process = multiprocessing.get_context("fork").Process(target=lambda: list(in_threads(together, range(2))))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_unsupported_backbones_are_refused():

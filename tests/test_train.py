@@ -1,5 +1,6 @@
 """train.py: the sampler, the exact step, the schedule, resumption to the byte, several processes, the command."""
 
+import ctypes
 import json
 import math
 import os
@@ -283,6 +284,35 @@ def test_threads_share_the_memory_of_a_step(place, monkeypatch):
     assert held == {1: 1664, 2: 1664, 3: step.keep // 3, 4: step.keep // 4, 64: 512}
     args.max_tokens = 5000
     assert train.Step(model, "infonce", None, args, 0, 1).max_tokens == 5000
+
+
+ARENAS = """
+import ctypes, os, sys, threading
+sys.path.insert(0, sys.argv[1])
+import train, torch
+barrier = threading.Barrier(3)
+def hold():
+    kept = torch.ones(10**6)
+    barrier.wait()
+    barrier.wait()
+    return kept
+for _ in range(2):
+    threading.Thread(target=hold).start()
+barrier.wait()
+libc = ctypes.CDLL(None)
+libc.fdopen.restype = ctypes.c_void_p
+libc.malloc_info(0, ctypes.c_void_p(libc.fdopen(1, b"w")))
+barrier.wait()
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's malloc alone")
+def test_threads_share_one_malloc_arena():
+    env = {k: v for k, v in os.environ.items() if k not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+    done = subprocess.run([sys.executable, "-c", ARENAS, ROOT], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<heap nr=") == 1, done.stdout
 
 
 @pytest.mark.parametrize("loss", ["infonce", "ranknet"])
