@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     for side in ("ours", "RankNetLoss", "ListNetLoss"):
         figures = []
         for n in sizes:
-            if side != "ours" and figures and figures[-1] * 4 > args.limit:
+            if side != "ours" and figures and (figures[-1] is None or figures[-1] * 4 > args.limit):
                 figures.append(None)
                 continue
             done = subprocess.run([sys.executable, "-c", STEP, side, str(n)], cwd=root, capture_output=True, text=True,
