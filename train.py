@@ -435,12 +435,14 @@ class Step:
             outs[m] = None
             return torch.autograd.grad(out, self.parameters, shares[m], allow_unused=True)
 
+        sums = [torch.empty_like(p) for p in self.parameters]  # here, not between the buffers of the first micro-batch
+
         def add_up():
             for gradients in each(backward, range(len(parts))):  # added in order, whichever was computed first
-                for p, gradient in zip(self.parameters, gradients, strict=True):
+                for p, total, gradient in zip(self.parameters, sums, gradients, strict=True):
                     if gradient is not None:
                         if p.grad is None:
-                            p.grad = gradient.to_dense() if gradient.is_sparse else gradient.clone()
+                            p.grad = total.zero_().add_(gradient) if gradient.is_sparse else total.copy_(gradient)
                         else:
                             p.grad.add_(gradient)
                 del gradients, gradient  # else they would lie beside those of the next micro-batch
