@@ -16,8 +16,10 @@ and backwards, with D_r = dout_r . out_r (arXiv 2307.08691; the bias: arXiv 2006
     dp2c[c, t] = scale * sum of dS[r, c] over the r with lut[r - c] = t
 
 No [rows, columns] matrix is ever in memory. Softmax statistics and sums are fp32; fp32 inputs are multiplied
-in IEEE fp32 (no TF32). Z comes from Philox-4x32-10 keyed by the seed and counted by (key column // 4, packed
-query row, head), so the backward pass and a repeated forward pass see the same Z, whatever the tile sizes.
+in IEEE fp32 (no TF32). Z comes from Philox-4x32-10 keyed by the seed and counted by
+(key column // 4, packed query row, head, site), so the backward pass and a repeated forward pass
+see the same Z, whatever the tile sizes; site numbers the dropouts of one forward pass that share a
+seed. The kernels read the seed from memory: a replayed CUDA graph takes what stands there then.
 
 Deterministic: out, dq, dk, dv always (each element is summed by one program in a fixed order, no atomics).
 dc2p and dp2c: where two keys of a row share a slot (DeBERTa-v3's log buckets: only at |r - c| > 128) fp32
@@ -26,10 +28,11 @@ those tiles.
 
 Never run on a card so far: it is checked in Triton's interpreter against float64 (tests/test_flash.py) and
 compiled for sm_80, sm_90 and sm_100 (tests/test_flash_aot.py, `python -m kernels.bench aot`). Tile sizes
-follow registers, spills and shared memory of the compiled code, not measured time: nothing spills in bf16 and
-fp16; the worst of ten fp32 variants spills 80 bytes a thread (Triton 3.7 and 3.9).
+follow registers, spills and shared memory of the compiled code, not measured time: bf16 and fp16
+spill nothing but 16 bytes a thread in one kernel on sm_100, fp32 at most 80 (Triton 3.6 and 3.9).
 """
 
+import functools
 import math
 
 import torch
@@ -37,6 +40,17 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
+
+# What changes from call to call. Where it is not told to look away, Triton compiles a kernel anew
+# for an integer of 1 or a multiple of 16 and for an address that is not one.
+_jit_kernel = functools.partial(
+    triton.jit,
+    do_not_specialize=[
+        "tokens_q", "blocks", "lut_centre", "dropped", "site",
+        "stride_c2pt", "stride_c2ph", "stride_p2ct", "stride_p2ch",
+        "CU_Q", "CU_K", "LUT", "TURN", "SEED",
+    ],
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ pieces of all kernels
@@ -80,16 +94,18 @@ def _scores(qk, r, c, length_q, length_k, scale, window, C2P, P2C, LUT, lut_cent
 
 
 @triton.jit
-def _keep(seed, head, packed_row, first_column, dropped, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _keep(seed, site, head, packed_row, first_column, dropped, ROWS: tl.constexpr,
+          COLUMNS: tl.constexpr):  # fmt: skip
     """Whether Z[r, c] > 0 for the query rows and the keys from first_column, a multiple of 4. [ROWS, COLUMNS]
 
-    Philox gives four 32-bit words per counter: word i of counter (c // 4, packed row, head, 0) decides column
-    4 (c // 4) + i. dropped: round(dropout * 2^24), compared with the upper 24 bits of the word.
+    Philox gives four 32-bit words per counter: word i of counter (c // 4, packed row, head, site)
+    decides column 4 (c // 4) + i. dropped: round(dropout * 2^24), compared with the word's upper 24
+    bits.
     """
     zero = tl.zeros([ROWS, COLUMNS // 4], tl.uint32)
     quarter = (first_column // 4 + tl.arange(0, COLUMNS // 4))[None, :].to(tl.uint32)
     row, head = zero + packed_row[:, None].to(tl.uint32), zero + head.to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, zero + quarter, row, head, zero)
+    w0, w1, w2, w3 = tl.philox(seed, zero + quarter, row, head, zero + site.to(tl.uint32))
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ROWS, COLUMNS])
     return (words >> 8).to(tl.int32) >= dropped
 
@@ -114,7 +130,7 @@ def _add_to_table(TABLE, slots_of_row, turn, ds, inside, DETERMINISTIC: tl.const
 # One program: BLOCK_Q query rows of one head of one sequence. Grid [sequences * blocks, heads].
 
 
-@triton.jit
+@_jit_kernel
 def _forward_kernel(
     Q,  # [tokens_q, heads, D]
     K, V,  # [tokens_k, heads, D]
@@ -127,7 +143,9 @@ def _forward_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_c2pt, stride_c2ph, stride_p2ct, stride_p2ch,
     tokens_q, blocks, lut_centre, window,
-    scale, dropped, keep_scale, seed: tl.int64,
+    scale, dropped, keep_scale,
+    SEED,  # [1] int64, None without dropout
+    site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     WINDOW: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -152,6 +170,8 @@ def _forward_kernel(
     highest = tl.full([BLOCK_Q], -1e38, tl.float32)  # finite: a row whose keys are all masked stays free of NaN
     total = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    if DROPOUT:
+        seed = tl.load(SEED)
 
     begin, end = 0, length_k
     if WINDOW:
@@ -169,7 +189,7 @@ def _forward_kernel(
         total = total * shrink + tl.sum(p, 1)
         highest = new_highest
         if DROPOUT:
-            keep = _keep(seed, head, start_q + rows, first_column, dropped, BLOCK_Q, BLOCK_K)
+            keep = _keep(seed, site, head, start_q + rows, first_column, dropped, BLOCK_Q, BLOCK_K)
             p = tl.where(keep, p, 0.0)
         v = _load_rows(V, stride_vt, columns, length_k, D, BLOCK_D)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
@@ -183,9 +203,10 @@ def _forward_kernel(
 
 # ------------------------------------------------------------------------------------------------ backward kernels
 # dq, dc2p and D: one program per BLOCK_Q query rows, as forward. dk, dv and dp2c: one program per BLOCK_K keys.
+# They read the seed at every tile: read before the loop, its round keys fill registers that spill.
 
 
-@triton.jit
+@_jit_kernel
 def _backward_q_kernel(
     Q,  # [tokens_q, heads, D]
     K, V,  # [tokens_k, heads, D]
@@ -199,7 +220,9 @@ def _backward_q_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_dot, stride_doh, stride_dqt, stride_dqh, stride_c2pt, stride_c2ph, stride_p2ct, stride_p2ch,
     tokens_q, blocks, lut_centre, window,
-    scale, dropped, keep_scale, seed: tl.int64,
+    scale, dropped, keep_scale,
+    SEED,  # [1] int64, None without dropout
+    site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     WINDOW: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
@@ -247,7 +270,8 @@ def _backward_q_kernel(
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee") * keep_scale
         if DROPOUT:
-            keep = _keep(seed, head, start_q + rows, first_column, dropped, BLOCK_Q, BLOCK_K)
+            seed = tl.load(SEED)
+            keep = _keep(seed, site, head, start_q + rows, first_column, dropped, BLOCK_Q, BLOCK_K)
             dp = tl.where(keep, dp, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -261,7 +285,7 @@ def _backward_q_kernel(
     _store_rows(DQ, stride_dqt, rows, length_q, dq * scale, D, BLOCK_D)
 
 
-@triton.jit
+@_jit_kernel
 def _backward_kv_kernel(
     Q,  # [tokens_q, heads, D]
     K, V,  # [tokens_k, heads, D]
@@ -276,7 +300,9 @@ def _backward_kv_kernel(
     stride_dot, stride_doh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     stride_c2pt, stride_c2ph, stride_p2ct, stride_p2ch,
     tokens_q, blocks, lut_centre, window,
-    scale, dropped, keep_scale, seed: tl.int64,
+    scale, dropped, keep_scale,
+    SEED,  # [1] int64, None without dropout
+    site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     WINDOW: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
@@ -325,7 +351,9 @@ def _backward_kv_kernel(
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee") * keep_scale
         z = p * keep_scale
         if DROPOUT:
-            keep = tl.trans(_keep(seed, head, start_q + rows, first_column, dropped, BLOCK_Q, BLOCK_K))
+            seed = tl.load(SEED)
+            keep = _keep(seed, site, head, start_q + rows, first_column, dropped, BLOCK_Q, BLOCK_K)
+            keep = tl.trans(keep)
             dp = tl.where(keep, dp, 0.0)
             z = tl.where(keep, z, 0.0)
         dv = tl.dot(z.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -362,13 +390,13 @@ def _tiles(q, max_seqlen_q, bias, keys_stay=False):
     return dict(BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=2)
 
 
-def _shared_arguments(q, max_seqlen, block, lut, scale, window, dropout, seed):
+def _shared_arguments(q, max_seqlen, block, lut, scale, window, dropout, seed, site):
     """What all kernels take after their strides, in order: sizes, centre of lut, window, scale, dropout."""
     blocks = triton.cdiv(max_seqlen, block)
     centre = 0 if lut is None else (lut.shape[0] - 1) // 2
     dropped = round(dropout * 2**24)
     keep_scale = 2**24 / (2**24 - dropped)
-    return q.shape[0], blocks, centre, window, scale, dropped, keep_scale, seed
+    return q.shape[0], blocks, centre, window, scale, dropped, keep_scale, seed, site
 
 
 def _token_head(*tensors):
@@ -376,59 +404,86 @@ def _token_head(*tensors):
     return [stride for x in tensors for stride in ((0, 0) if x is None else x.stride()[:2])]
 
 
-def launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window, c2p, p2c, lut,
-                   dropout, seed):  # fmt: skip
-    """out like q, contiguous, and lse [heads, tokens_q] fp32. window -1: all keys."""
+def launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window,
+                   c2p, p2c, lut, dropout, seed, site):  # fmt: skip
+    """out like q, contiguous, and lse [heads, tokens_q] fp32. window -1: all keys; seed: int64
+    tensor [1], None without dropout."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     sequences = cu_seqlens_q.shape[0] - 1
     tiles = _tiles(q, max_seqlen_q, c2p is not None)
-    shared = _shared_arguments(q, max_seqlen_q, tiles["BLOCK_Q"], lut, scale, window, dropout, seed)
+    shared = _shared_arguments(
+        q, max_seqlen_q, tiles["BLOCK_Q"], lut, scale, window, dropout, seed, site
+    )
     grid = (sequences * shared[1], q.shape[1])
     if grid[0] > 0:
-        _forward_kernel[grid](
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, c2p, p2c, lut,
-            *_token_head(q, k, v, out, c2p, p2c), *shared,
-            D=q.shape[2], WINDOW=window >= 0, BIAS=c2p is not None, DROPOUT=dropout > 0.0, **tiles,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _forward_kernel[grid](
+                q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, c2p, p2c, lut,
+                *_token_head(q, k, v, out, c2p, p2c), *shared,
+                D=q.shape[2], WINDOW=window >= 0, BIAS=c2p is not None, DROPOUT=dropout > 0.0,
+                **tiles,
+            )  # fmt: skip
     return out, lse
 
 
-def launch_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window,
-                    c2p, p2c, lut, dropout, seed, deterministic):  # fmt: skip
-    """[dq, dk, dv] contiguous, and with tables [.., dc2p, dp2c] in the tables' dtypes and strides."""
+def launch_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                    scale, window, c2p, p2c, lut, dropout, seed, site, deterministic):  # fmt: skip
+    """[dq, dk, dv] contiguous, and with tables [.., dc2p, dp2c] in the tables' dtype and strides,
+    views of one buffer: so one launch fills, and one casts, both."""
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     dc2p = dp2c = turn = None
     if c2p is not None:
-        dc2p = torch.zeros_like(c2p, dtype=torch.float32)
-        dp2c = torch.zeros_like(p2c, dtype=torch.float32)
+        size = _second_table(c2p) + p2c.numel()
+        both = torch.zeros(size, dtype=torch.float32, device=q.device)
+        dc2p, dp2c = _as_tables(both, c2p, p2c)
         if deterministic:
             turn = _turns(lut)
     flags = dict(D=q.shape[2], WINDOW=window >= 0, BIAS=c2p is not None, DROPOUT=dropout > 0.0,
                  DETERMINISTIC=deterministic)  # fmt: skip
     sequences = cu_seqlens_q.shape[0] - 1
 
-    tiles = _tiles(q, max_seqlen_q, c2p is not None)
-    shared = _shared_arguments(q, max_seqlen_q, tiles["BLOCK_Q"], lut, scale, window, dropout, seed)
-    grid = (sequences * shared[1], q.shape[1])
-    if grid[0] > 0:
-        _backward_q_kernel[grid](
-            q, k, v, out, dout, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, c2p, dc2p, p2c, lut, turn,
-            *_token_head(q, k, v, out, dout, dq, c2p, p2c), *shared, **flags, **tiles,
-        )  # fmt: skip
+    with torch.cuda.device_of(q):
+        tiles = _tiles(q, max_seqlen_q, c2p is not None)
+        shared = _shared_arguments(
+            q, max_seqlen_q, tiles["BLOCK_Q"], lut, scale, window, dropout, seed, site
+        )
+        grid = (sequences * shared[1], q.shape[1])
+        if grid[0] > 0:
+            _backward_q_kernel[grid](
+                q, k, v, out, dout, lse, delta, dq, cu_seqlens_q, cu_seqlens_k,
+                c2p, dc2p, p2c, lut, turn,
+                *_token_head(q, k, v, out, dout, dq, c2p, p2c), *shared, **flags, **tiles,
+            )  # fmt: skip
 
-    tiles = _tiles(q, max_seqlen_q, c2p is not None, keys_stay=True)
-    shared = _shared_arguments(q, max_seqlen_k, tiles["BLOCK_K"], lut, scale, window, dropout, seed)
-    grid = (sequences * shared[1], q.shape[1])
-    if grid[0] > 0:
-        _backward_kv_kernel[grid](
-            q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, c2p, p2c, dp2c, lut, turn,
-            *_token_head(q, k, v, dout, dk, dv, c2p, p2c), *shared, **flags, **tiles,
-        )  # fmt: skip
-    return [dq, dk, dv] if c2p is None else [dq, dk, dv, dc2p.to(c2p.dtype), dp2c.to(p2c.dtype)]
+        tiles = _tiles(q, max_seqlen_q, c2p is not None, keys_stay=True)
+        shared = _shared_arguments(
+            q, max_seqlen_k, tiles["BLOCK_K"], lut, scale, window, dropout, seed, site
+        )
+        grid = (sequences * shared[1], q.shape[1])
+        if grid[0] > 0:
+            _backward_kv_kernel[grid](
+                q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k,
+                c2p, p2c, dp2c, lut, turn,
+                *_token_head(q, k, v, dout, dk, dv, c2p, p2c), *shared, **flags, **tiles,
+            )  # fmt: skip
+    if c2p is None:
+        return [dq, dk, dv]
+    return [dq, dk, dv, *_as_tables(both.to(c2p.dtype), c2p, p2c)]
+
+
+def _second_table(c2p):
+    """Where the second table starts in a buffer of both: on 128 bytes, in 16-bit numbers too."""
+    return triton.cdiv(c2p.numel(), 64) * 64
+
+
+def _as_tables(both, c2p, p2c):
+    """Views of a buffer [_second_table(c2p) + elements of p2c], laid out as the two tables are."""
+    first = both.as_strided(c2p.shape, c2p.stride(), 0)
+    return first, both.as_strided(p2c.shape, p2c.stride(), _second_table(c2p))
 
 
 def _turns(lut):
@@ -441,17 +496,19 @@ def _turns(lut):
 
 
 # ------------------------------------------------------------------------------------------------ autograd
-# Custom operators, so that torch.compile takes a call as one opaque node instead of tracing into it.
+# Custom operators under torch.compile, which takes a call as one opaque node instead of tracing
+# into it; an autograd.Function in eager, where an operator costs the host several times as much.
 
 
 @torch.library.custom_op("kernels_flash::forward", mutates_args=())
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, scale: float, window: int, c2p: torch.Tensor | None, p2c: torch.Tensor | None,
-    lut: torch.Tensor | None, dropout: float, seed: int, deterministic: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, scale: float, window: int,
+    c2p: torch.Tensor | None, p2c: torch.Tensor | None, lut: torch.Tensor | None, dropout: float,
+    seed: torch.Tensor | None, site: int, deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window, c2p, p2c, lut,
-                          dropout, seed)  # fmt: skip
+    return launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
+                          window, c2p, p2c, lut, dropout, seed, site)  # fmt: skip
 
 
 @_forward.register_fake
@@ -461,13 +518,16 @@ def _(q, k, v, *_):
 
 @torch.library.custom_op("kernels_flash::backward", mutates_args=())
 def _backward(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int, scale: float,
-    window: int, c2p: torch.Tensor | None, p2c: torch.Tensor | None, lut: torch.Tensor | None, dropout: float,
-    seed: int, deterministic: bool,
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, scale: float, window: int, c2p: torch.Tensor | None,
+    p2c: torch.Tensor | None, lut: torch.Tensor | None, dropout: float, seed: torch.Tensor | None,
+    site: int, deterministic: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    return launch_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                           window, c2p, p2c, lut, dropout, seed, deterministic)  # fmt: skip
+    grads = launch_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                            max_seqlen_k, scale, window, c2p, p2c, lut, dropout, seed, site,
+                            deterministic)  # fmt: skip
+    return grads if c2p is None else [*grads[:4], grads[4].clone()]  # results must not share memory
 
 
 @_backward.register_fake
@@ -477,25 +537,42 @@ def _(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seq
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, max_q, max_k, scale, window, c2p, p2c, lut, dropout, seed, deterministic = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, c2p, p2c, lut)
-    ctx.host = max_q, max_k, scale, window, dropout, seed, deterministic
+    q, k, v, cu_q, cu_k, max_q, max_k, scale, window, c2p, p2c, lut, dropout, seed, *last = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, c2p, p2c, lut, seed)
+    ctx.host = max_q, max_k, scale, window, dropout, *last
 
 
-def _gradients(ctx, dout, dlse):
-    q, k, v, out, lse, cu_q, cu_k, c2p, p2c, lut = ctx.saved_tensors
-    max_q, max_k, scale, window, dropout, seed, deterministic = ctx.host
-    grads = _backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, window, c2p, p2c, lut, dropout, seed,
-                      deterministic)  # fmt: skip
+def _gradients(ctx, dout, _dlse=None, *, backward=_backward):
+    q, k, v, out, lse, cu_q, cu_k, c2p, p2c, lut, seed = ctx.saved_tensors
+    max_q, max_k, scale, window, dropout, site, deterministic = ctx.host
+    grads = backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, window, c2p, p2c,
+                     lut, dropout, seed, site, deterministic)  # fmt: skip
     dq, dk, dv, dc2p, dp2c = grads if c2p is not None else [*grads, None, None]
-    return dq, dk, dv, None, None, None, None, None, None, dc2p, dp2c, None, None, None, None
+    return dq, dk, dv, *[None] * 6, dc2p, dp2c, *[None] * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
+class _Eager(torch.autograd.Function):
+    """The same without the dispatcher: the arguments of the operator -> out."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        out, lse = launch_forward(*inputs[:-1])
+        if any(ctx.needs_input_grad):
+            _save(ctx, inputs, (out, lse))
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        # With create_graph the operator runs: it refuses to be differentiated once more.
+        backward = _backward if torch.is_grad_enabled() else launch_backward
+        return _gradients(ctx, dout, backward=backward)
+
+
 def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, scale=None, window=None, c2p=None,
-                 p2c=None, lut=None, dropout=0.0, seed=0, deterministic=False):  # fmt: skip
+                 p2c=None, lut=None, dropout=0.0, seed=0, site=0, deterministic=False):  # fmt: skip
     """Attention of each packed sequence over itself; the formulas stand at the top of this file.
 
     q [tokens_q, heads, d], k and v [tokens_k, heads, d], fp32, bf16 or fp16, d at most 128, last dimension
@@ -509,8 +586,10 @@ def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     c2p [tokens_q, heads, slots], p2c [tokens_k, heads, slots], lut int32 [2 M - 1]: DeBERTa's
         content-to-position and position-to-content products and the slot of delta = r - c at
         lut[delta + M - 1]; M at least both max_seqlen.
-    dropout: probability in [0, 1), kept to 24 bits; seed: 64-bit integer; the same seed and packing give the
-        same mask.
+    dropout: probability in [0, 1), kept to 24 bits. seed: a 64-bit integer, or an int64 tensor [1]
+        on q's device that the kernels read, so it stays as it is until backward has run; site: host
+        integer in [0, 2^31), the number of this dropout within a forward pass. The same seed, site
+        and packing give the same mask.
     deterministic: fixed order of summation of dc2p and dp2c too (all else is always in a fixed order).
     Returns out like q, contiguous. Differentiable in q, k, v, c2p, p2c. Never synchronises with the device.
     ValueError on tensors that do not fit together.
@@ -530,15 +609,31 @@ def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         raise ValueError("cu_seqlens_q and cu_seqlens_k: want int32 [sequences + 1], both of the same length")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout {dropout}: want a probability in [0, 1)")
+    if isinstance(seed, torch.Tensor) and (
+        seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != q.device
+    ):
+        given = f"seed {seed.dtype} {list(seed.shape)} on {seed.device}"
+        raise ValueError(f"{given}: want an integer or int64 [1] on {q.device}")
     if c2p is not None:
         if c2p.shape[:2] != (tokens_q, heads) or p2c.shape[:2] != k.shape[:2] or c2p.shape[2] != p2c.shape[2]:
             shapes = f"c2p {list(c2p.shape)}, p2c {list(p2c.shape)}"
             raise ValueError(f"{shapes}: want [tokens, heads, slots] of q and of k")
+        if c2p.dtype != p2c.dtype:
+            raise ValueError(f"c2p {c2p.dtype}, p2c {p2c.dtype}: want one dtype")
         if lut.dtype != torch.int32 or lut.ndim != 1 or lut.shape[0] < 2 * max(max_seqlen_q, max_seqlen_k) - 1:
             raise ValueError(f"lut {lut.dtype} {list(lut.shape)}: want int32 [2 M - 1], M at least both max_seqlen")
-    q, k, v, c2p, p2c = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, c2p, p2c))
+        # tokens or heads first and no gaps, as their gradients, laid out alike, share a buffer
+        c2p, p2c = (x if x.transpose(0, 1).is_contiguous() else x.contiguous() for x in (c2p, p2c))
+        lut = lut.contiguous()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = d**-0.5 if scale is None else float(scale)
     window = -1 if window is None else int(window)
-    out, _ = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window, c2p, p2c,
-                      None if lut is None else lut.contiguous(), float(dropout), seed, deterministic)  # fmt: skip
-    return out
+    if dropout == 0.0:
+        seed = None
+    elif not isinstance(seed, torch.Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=q.device)
+    arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window,
+                 c2p, p2c, lut, float(dropout), seed, site, deterministic)  # fmt: skip
+    if torch.compiler.is_compiling():
+        return _forward(*arguments)[0]
+    return _Eager.apply(*arguments)

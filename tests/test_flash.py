@@ -4,12 +4,16 @@ attention.
 Without a GPU the kernels run in Triton's interpreter; `pytest -m gpu` on a card runs the same tests there.
 """
 
+import contextlib
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import flash
 from kernels.flash import flash_varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -182,11 +186,11 @@ def philox(counter, key):
     return c
 
 
-def dropout_factors(tokens, heads, longest, p, seed):
-    """Z [tokens, heads, longest]: word c % 4 of counter (c // 4, packed row, head, 0)."""
+def dropout_factors(tokens, heads, longest, p, seed, site=0):
+    """Z [tokens, heads, longest]: word c % 4 of counter (c // 4, packed row, head, site)."""
     row, head, quarter = np.ogrid[:tokens, :heads, : -(-longest // 4)]
-    zero = np.zeros(1, np.uint64)
-    words = philox([quarter.astype(np.uint64), row.astype(np.uint64), head.astype(np.uint64), zero], seed)
+    site = np.full(1, site)
+    words = philox([x.astype(np.uint64) for x in (quarter, row, head, site)], seed)
     words = np.stack(words, -1).reshape(tokens, heads, -1)[:, :, :longest]
     keep = words >> np.uint64(8) >= round(p * 2**24)
     return torch.from_numpy(keep / (1 - round(p * 2**24) / 2**24)).to(DEVICE)
@@ -197,15 +201,36 @@ def test_philox_of_this_test_gives_the_published_words():
     assert [int(w[0]) for w in philox([zero] * 4, 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
-@pytest.mark.parametrize("p, seed, window", [(0.1, 1, None), (0.5, 2**40 + 7, 20)])
-def test_dropout_forward_and_gradients(p, seed, window):
+@pytest.mark.parametrize("p, seed, site, window", [(0.1, 1, 0, None), (0.5, 2**40 + 7, 11, 20)])
+def test_dropout_forward_and_gradients(p, seed, site, window):
     lengths = [1, 33, 100, 0]
     leaves, dout = inputs(lengths, lengths, 32)
-    z = dropout_factors(sum(lengths), 2, max(lengths), p, seed)
-    out, _ = check(leaves, dout, lengths, lengths, dropout=p, seed=seed, z=z, window=window)
+    z = dropout_factors(sum(lengths), 2, max(lengths), p, seed, site)
+    flags = dict(dropout=p, seed=seed, site=site, window=window)
+    out, _ = check(leaves, dout, lengths, lengths, z=z, **flags)
     cu = offsets(lengths)
-    again, other = (flash_varlen(*leaves, cu, cu, 100, 100, dropout=p, seed=x, window=window) for x in (seed, seed + 1))
-    assert torch.equal(out, again) and not torch.allclose(out, other)
+    again, *others = (
+        flash_varlen(*leaves, cu, cu, 100, 100, **(flags | change))
+        for change in ({}, dict(seed=seed + 1), dict(site=site + 1))
+    )
+    assert torch.equal(out, again)
+    assert not any(torch.allclose(out, other) for other in others)
+
+
+def test_the_kernels_read_a_seed_on_the_device():
+    """Whatever it holds as they run, both ways: what a captured CUDA graph needs."""
+    lengths = [33, 20]
+    leaves, dout = inputs(lengths, lengths, 32)
+    cu, seed = offsets(lengths), torch.tensor([5], device=DEVICE)
+
+    def run(seed):
+        out = flash_varlen(*leaves, cu, cu, 33, 33, dropout=0.3, seed=seed, site=2)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    first, changed, back = run(seed), run(seed.fill_(2**33 + 5)), run(seed.fill_(5))
+    assert all(map(torch.equal, first, back)) and all(map(torch.equal, first, run(5)))
+    assert not any(map(torch.allclose, first, changed))
+    assert all(map(torch.equal, changed, run(2**33 + 5)))
 
 
 def test_dropout_mask_does_not_depend_on_the_tiles():
@@ -363,23 +388,133 @@ def test_offsets_beyond_32_bits():
         assert all(map(torch.equal, torch.autograd.grad(got, leaves, dout), torch.autograd.grad(want, near, dout)))
 
 
+class Seen(TorchDispatchMode):
+    """Names of the operators that torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
 def test_registered_operator_and_compile():
+    """Compiled, a call is one operator each way; eager goes without and gives the same."""
     lengths = [5, 20]
     leaves, dout = inputs(lengths, lengths, 32, slots=6)
     cu, lut = offsets(lengths), torch.arange(-19, 20, device=DEVICE).clamp(-3, 2).int() + 3
+    nodes = []
 
     def call(q, k, v, c2p, p2c):
-        return flash_varlen(q, k, v, cu, cu, 20, 20, c2p=c2p, p2c=p2c, lut=lut, dropout=0.1, seed=4) * 2
+        return flash_varlen(q, k, v, cu, cu, 20, 20, c2p=c2p, p2c=p2c, lut=lut, dropout=0.1, seed=4,
+                            deterministic=True) * 2  # fmt: skip
 
-    want = call(*leaves)
-    got = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
+    def backend(module, examples):
+        nodes.extend(str(node.target) for node in module.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(module, examples)
+
+    with Seen() as seen:
+        want = call(*leaves)
+        wanted = torch.autograd.grad(want, leaves, dout)
+    assert "aten::mul.Tensor" in seen.names
+    assert not [name for name in seen.names if name.startswith("kernels_flash")]
+    got = torch.compile(call, fullgraph=True, backend=backend)(*leaves)
+    assert [node for node in nodes if "kernels_flash" in node] == ["kernels_flash.forward.default"]
     assert torch.equal(got, want)
-    for a, b in zip(torch.autograd.grad(got, leaves, dout), torch.autograd.grad(want, leaves, dout), strict=True):
-        assert torch.equal(a, b)
+    with Seen() as seen:
+        gradients = torch.autograd.grad(got, leaves, dout)
+    assert [name for name in seen.names if "flash" in name] == ["kernels_flash::backward"]
+    for a, b in zip(gradients, wanted, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
     q, k, v, c2p, p2c = leaves
-    torch.library.opcheck(torch.ops.kernels_flash.forward.default,
-                          (q, k, v, cu, cu, 20, 20, 0.2, -1, c2p, p2c, lut, 0.1, 4, False),
+    seed, ops = torch.full((1,), 4, device=DEVICE), torch.ops.kernels_flash
+    call = (cu, cu, 20, 20, 0.2, -1, c2p, p2c, lut, 0.1, seed, 7, True)
+    torch.library.opcheck(ops.forward.default, (q, k, v, *call),
                           test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))  # fmt: skip
+    tensors = [x.detach() for x in (dout, q, k, v, *ops.forward(q, k, v, *call))]
+    torch.library.opcheck(ops.backward.default, (*tensors, *call),
+                          test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+
+
+def test_what_is_not_needed_is_not_saved(monkeypatch):
+    leaves, _ = inputs([5], [5], 32)
+    saved = []
+    monkeypatch.setattr(flash, "_save", lambda ctx, inputs, output: saved.append(output))
+    plain = [x.detach() for x in leaves]
+    flash_varlen(*plain, offsets([5]), offsets([5]), 5, 5)
+    assert not saved
+    flash_varlen(*plain[:2], leaves[2], offsets([5]), offsets([5]), 5, 5)
+    assert len(saved) == 1
+
+
+def test_a_second_derivative_is_refused():
+    leaves, dout = inputs([5], [5], 32)
+    out = flash_varlen(*leaves, offsets([5]), offsets([5]), 5, 5)
+    gradient = torch.autograd.grad(out, leaves[0], dout, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(gradient.sum(), leaves[0])
+
+
+def test_gradients_of_tables_share_one_filling_and_one_cast():
+    """In the layout of each table, one with gaps in memory too: that one is copied."""
+    lengths = [5, 20]
+    leaves, dout = inputs(lengths, lengths, 32, dtype=torch.float16, slots=8)
+    cu, lut = offsets(lengths), torch.arange(-19, 20, device=DEVICE).clamp(-3, 2).int() + 3
+
+    def run(leaves, c2p, deterministic=True):
+        out = flash_varlen(*leaves[:3], cu, cu, 20, 20, c2p=c2p, p2c=leaves[4], lut=lut,
+                           deterministic=deterministic)  # fmt: skip
+        with Seen() as seen:
+            return seen.names, torch.autograd.grad(out, leaves, dout)
+
+    names, _ = run(leaves, leaves[3], deterministic=False)  # else the turns are cast as well
+    assert sum(name.startswith("aten::zeros") for name in names) == 1
+    assert names.count("aten::_to_copy") == 1
+    _, gradients = run(leaves, leaves[3])
+    for x, gradient in zip(leaves[3:], gradients[3:], strict=True):
+        assert gradient.dtype == x.dtype and gradient.stride() == x.stride()
+    wide = torch.cat([leaves[3].detach(), leaves[3].detach()], 2).requires_grad_()
+    _, with_gaps = run([*leaves[:3], wide, leaves[4]], wide[:, :, :8])
+    assert torch.equal(with_gaps[3][:, :, :8], gradients[3]) and not with_gaps[3][:, :, 8:].any()
+    assert all(map(torch.equal, with_gaps[:3], gradients[:3]))
+    assert torch.equal(with_gaps[4], gradients[4])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_launch_on_the_card_of_its_tensors(bias, monkeypatch):
+    """The three launches, withheld, of fake tensors: nothing on the way waits for their content."""
+    current, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    class Withheld:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append((self.name, *current))
+
+    kernels = "_forward_kernel", "_backward_q_kernel", "_backward_kv_kernel"
+    for name in kernels:
+        monkeypatch.setattr(flash, name, Withheld(name))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    with FakeTensorMode():
+        q, k, v, c2p, p2c = (
+            torch.empty(9, 2, n, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+            for n in (32, 32, 32, 6, 6)
+        )
+        tables = dict(c2p=c2p, p2c=p2c, lut=torch.empty(17, dtype=torch.int32, device=DEVICE))
+        cu = torch.empty(3, dtype=torch.int32, device=DEVICE)
+        out = flash_varlen(q, k, v, cu, cu, 9, 9, dropout=0.1, **(tables if bias else {}))
+        out.sum().backward()
+    assert launched == [(name, q.device) for name in kernels]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
@@ -406,7 +541,11 @@ def test_no_synchronisation():
         (dict(cu_seqlens_q=torch.tensor([0, 9])), "int32"),
         (dict(dropout=1.0), "probability"),
         (dict(p2c=torch.zeros(9, 2, 7)), "slots"),
+        (dict(p2c=torch.zeros(9, 2, 6).half()), "one dtype"),
         (dict(lut=torch.zeros(15, dtype=torch.int32)), "lut"),
+        (dict(seed=torch.zeros(2, dtype=torch.int64)), "seed"),
+        (dict(seed=torch.zeros(1, dtype=torch.int32)), "seed"),
+        (dict(seed=torch.zeros(1, dtype=torch.int64, device="meta")), "seed"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
