@@ -1,6 +1,6 @@
 """Registers, spilled bytes and shared memory of every kernel, compiled ahead of time: no GPU is needed.
 
-    python -m kernels.bench aot [--only flash|losses] [--arch 80 90 100] [--dtype bfloat16 float16 float32]
+    python -m kernels.bench aot [--only flash|fused|losses] [--arch 80 90 100] [--dtype bfloat16 float16 float32]
 
 The launchers themselves run, on CPU tensors of real shapes, under a driver that names the card; Triton
 compiles what they launch to a cubin and the launch is withheld. So signature, alignment, constants, warps and
@@ -9,6 +9,7 @@ stages are those of a real call. Registers and spills are ptxas' own words, shar
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import re
@@ -114,14 +115,67 @@ def launch_flash(dtype, d, window=-1, dropout=0.0, bias=False, deterministic=Fal
     if bias:
         c2p = torch.zeros(q.shape[0], heads, slots, dtype=dtype)
         p2c, lut = torch.zeros(tokens, heads, slots, dtype=dtype), torch.zeros(2 * SEQLEN - 1, dtype=torch.int32)
-    where = cu_q, cu_k, max_q, SEQLEN, d**-0.5, window, c2p, p2c, lut, dropout, 1
+    seed = torch.ones(1, dtype=torch.int64) if dropout else None
+    where = cu_q, cu_k, max_q, SEQLEN, d**-0.5, window, c2p, p2c, lut, dropout, seed, 1
     out, lse = flash.launch_forward(q, k, v, *where)
     flash.launch_backward(torch.zeros_like(out), q, k, v, out, lse, *where, deterministic)
 
 
+def flash_launches(dtypes):
+    """[(name, launch)] of every variant in every dtype, by torch's name for it."""
+    return [
+        (f"{dtype} {name}", functools.partial(launch_flash, getattr(torch, dtype), **flags))
+        for dtype, (name, flags) in itertools.product(dtypes, flash_variants().items())
+    ]
+
+
+def loss_launches(dtypes):
+    from kernels.bench import losses
+
+    return losses.launches(dtypes=dtypes)
+
+
+def launch_fused(dtype, hidden, pre_norm):
+    """add_norm, rotary and geglu both ways, as a layer of `hidden` units makes them under autocast."""
+    from kernels import fused
+
+    def zeros(*shape, kind=dtype):
+        return torch.zeros(*shape, dtype=kind, requires_grad=True)
+
+    wide = [zeros(9, hidden, kind=torch.float32)] + [zeros(hidden, kind=torch.float32) for _ in range(3)]
+    residual, weight, bias, branch_bias = wide
+    how = dict(dropout=0.1, seed=torch.ones(1, dtype=torch.int64), site=1, dtype=dtype, pre_norm=pre_norm)
+    if pre_norm:
+        bias = None
+    else:
+        how["branch_bias"] = branch_bias
+    outs = fused.add_norm(zeros(9, hidden), residual, weight, bias, 1e-5, **how)
+    if pre_norm:  # ModernBERT
+        table, rows = torch.zeros(50, 64), torch.zeros(9, dtype=torch.int32)
+        outs += tuple(fused.rotary(zeros(9, 3, hidden // 64, 64), table, table, rows, parts=2))
+        outs += (fused.geglu(zeros(9, 3 * hidden)),)
+    sum(out.sum() for out in dict.fromkeys(outs)).backward()
+
+
+def fused_launches(dtypes):
+    return [
+        (f"{dtype} {hidden} {'pre' if pre_norm else 'post'}-norm",
+         functools.partial(launch_fused, getattr(torch, dtype), hidden, pre_norm))
+        for dtype, hidden, pre_norm in itertools.product(dtypes, (384, 768, 1024), (False, True))
+    ]  # fmt: skip
+
+
+# What --only names: word before the variant's name, and dtypes -> [(name, launch)] of its kernels.
+SOURCES = {
+    "flash": ("flash", flash_launches),
+    "fused": ("fused", fused_launches),
+    "losses": ("loss", loss_launches),
+}
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="python -m kernels.bench aot", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=["flash", "losses"])
+    parser.add_argument("--only", choices=list(SOURCES))
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=list(SHARED_LIMIT))
     dtypes = ["bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", nargs="+", default=dtypes, choices=dtypes)
@@ -129,14 +183,12 @@ def main(argv):
     if triton.knobs.runtime.interpret:
         print("error: TRITON_INTERPRET=1 replaces the compiler: unset it", file=sys.stderr)
         return 2
-    launches = []
-    if args.only != "losses":
-        for dtype, (name, flags) in itertools.product(args.dtype, flash_variants().items()):
-            launches.append((f"flash {dtype} {name}", lambda d=dtype, f=flags: launch_flash(getattr(torch, d), **f)))
-    if args.only != "flash":
-        from kernels.bench import losses
-
-        launches += [(f"loss {name}", launch) for name, launch in losses.launches(dtypes=args.dtype)]
+    launches = [
+        (f"{word} {name}", launch)
+        for source, (word, launches_of) in SOURCES.items()
+        if args.only in (None, source)
+        for name, launch in launches_of(args.dtype)
+    ]
     print(f"triton {triton.__version__}; registers / bytes spilled per thread / KiB of shared memory (warps)\n")
     print("| variant | kernel | " + " | ".join(f"sm_{arch}" for arch in args.arch) + " |")
     print("|---|---|" + "---|" * len(args.arch))
