@@ -1,14 +1,25 @@
 """Attention over packed sequences: one row per token, no padding.
 
-`varlen_attention` runs flash-attn's `flash_attn_varlen_func` where it is installed and takes the inputs, this
-project's Triton kernel (`kernels.flash`) on any other CUDA tensor, and on a CPU torch's own products on runs of
-sequences of equal length (sequences sorted by length make long runs; any order is right).
+`varlen_attention` on CUDA runs one of three (`backend` says which):
+
+    torch       torch's own FlashAttention-2 (aten::_flash_attention_forward): bf16 and fp16 from
+                Ampere on; nothing to build. Its dropout rounds p to 8 bits: at p = 0.1 it keeps 230
+                of 256 and scales by 1 / 0.9 (mean 0.9983), and dq beyond 128 keys is summed by
+                atomics, in any order.
+    triton      kernels.flash: fp32, DeBERTa's bias, `deterministic`, and where torch's is missing.
+                Its dropout is exact and all but DeBERTa's tables has the same bits each time.
+    flash-attn  the package flash-attn 2.8, where it is installed and asked for.
+
+The environment variable ATTENTION=torch|triton|flash-attn asks for one. On a CPU torch's products
+run on runs of sequences of equal length (sequences sorted by length make long runs; any order is
+right).
 """
 
+import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -22,21 +33,47 @@ except ImportError:
 
 
 _of_thread = threading.local()
+_gpu_path = None  # for tests and counts: True takes a GPU's way on a CPU, kernels interpreted or withheld
+
+
+def on_gpu(device) -> bool:
+    return device.type == "cuda" if _gpu_path is None else _gpu_path
 
 
 @contextmanager
 def dropout_from(seed: int, device):
-    """Dropout inside follows from `seed`. On a CPU by a generator of the calling thread, as torch's own is one for all
-    threads and micro-batches run side by side; on CUDA by torch's generators, which are seeded."""
-    if device.type != "cpu":
+    """Dropout inside follows from `seed`, a 63-bit integer.
+
+    On CUDA torch's generator of the device is seeded, and kernels that draw by themselves get the
+    seed and a number of their own (`next_draw`). On a CPU by a generator of the calling thread, as
+    torch's is one for all threads and micro-batches run side by side.
+    """
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif on_gpu(device):
         torch.manual_seed(seed)
-        yield
-        return
-    _of_thread.generator = np.random.Generator(np.random.SFC64(seed))
+    else:
+        _of_thread.generator = np.random.Generator(np.random.SFC64(seed))
+    _of_thread.seed = torch.full((1,), seed, dtype=torch.int64, device=device)
+    _of_thread.site = 0
     try:
         yield
     finally:
-        _of_thread.generator = None
+        _of_thread.generator = _of_thread.seed = None
+
+
+def next_draw(device):
+    """(seed int64 [1] on the device, number of this dropout), for a kernel that draws its own mask.
+
+    Under dropout_from the numbers count the dropouts of the forward pass, so the same pass again
+    draws the same masks; else the seed is drawn from torch's generator of the device.
+    """
+    seed = getattr(_of_thread, "seed", None)
+    if seed is None:
+        return torch.randint(2**62, (1,), device=device), 0
+    _of_thread.site += 1
+    return seed, _of_thread.site
 
 
 def dropout(x, p: float):
@@ -60,65 +97,131 @@ class DisentangledBias:
     score(i, j) = scale * (q_i . k_j + q_i . pos_key[slot] + k_j . pos_query[slot]), slot of the distance i - j.
 
     pos_key, pos_query [slots, heads, head_dim] or None where the model lacks the term;
-    lut int64 [2M-1]: slot of the distance i - j stands at lut[i - j + M - 1], M >= the longest sequence.
+    lut int64 or int32 [2M-1]: slot of the distance i - j stands at lut[i - j + M - 1], M >= the longest sequence.
     """
 
     pos_key: torch.Tensor | None
     pos_query: torch.Tensor | None
     lut: torch.Tensor
 
+    def products(self, q, k):
+        """q . pos_key and k . pos_query, [rows, heads, slots] each; zeros for the term that the model lacks."""
+        slots = (self.pos_query if self.pos_key is None else self.pos_key).shape[0]
+        c2p, p2c = (
+            x.new_zeros(*x.shape[:2], slots) if table is None else torch.einsum("thd,shd->ths", x, table)
+            for x, table in ((q, self.pos_key), (k, self.pos_query))
+        )
+        return c2p, p2c
 
-def varlen_attention(q, k, v, cu_seqlens, max_seqlen, *, lengths=None, cu_seqlens_q=None, max_seqlen_q=None,
-                     window=None, bias=None, scale=None, dropout=0.0, seed=None, deterministic=False):
-    """softmax(scale * q k^T + bias) v within every sequence of a packed batch -> [query rows, heads, head_dim].
+
+def varlen_attention(
+    q, k, v, cu_seqlens, max_seqlen, *, lengths=None, cu_seqlens_q=None, max_seqlen_q=None,
+    window=None, bias=None, scale=None, dropout=0.0, deterministic=False,
+):  # fmt: skip
+    """softmax(scale * q k^T + bias) v within every sequence of a packed batch -> like q.
 
     q [query rows, heads, head_dim], k and v [tokens, heads, head_dim], one dtype; cu_seqlens int32
-    [sequences+1], the starts of the sequences and the total; lengths: the same on the host (a list of int: spares
-    a device synchronisation; used on a CPU). cu_seqlens_q and max_seqlen_q = 1 say that q holds one row per
-    sequence, its first token's (the [CLS]-only last layer); without them q has a row for every token.
-    window w: only keys with |i - j| <= w, both ends included; None: all. scale: head_dim ** -0.5 by default.
-    dropout: of the attention probabilities. It follows torch's generator (or dropout_from's) on a CPU and flash-attn's
-    own rule with flash-attn; the Triton kernel takes `seed`, drawn from torch's CPU generator when None, so restoring
-    the state of torch's generators brings the same mask back. deterministic: of the backward pass on CUDA.
+    [sequences + 1], the starts of the sequences and the total; max_seqlen: of the longest, on the
+    host; lengths: all of them on the host (a list of int; used on a CPU, where it spares a
+    computation). cu_seqlens_q with max_seqlen_q = 1 says that q holds one row per sequence, its
+    first token's (the [CLS]-only last layer); without them q has a row for every token.
+    window w: only keys with |i - j| <= w, both ends included; None: all. scale: head_dim ** -0.5 by
+    default. dropout: of the attention probabilities, drawn as dropout_from says. deterministic:
+    the same bits each time on CUDA. Never waits for the card.
+    ValueError on another q than the two above, or a back end asked for that is not there.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
     one_row = cu_seqlens_q is not None
     if one_row and (window is not None or max_seqlen_q != 1):
         raise ValueError("queries other than all tokens: one row per sequence and no window (crop the keys instead)")
-    if not q.is_cuda:
+    if not on_gpu(q.device):
         if lengths is None:
             lengths = cu_seqlens.diff().tolist()
         return _by_runs(q, k, v, tuple(lengths), one_row, window, bias, scale, dropout)
-    if cu_seqlens_q is None:
-        cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
-    if bias is None and _flash_attn_takes(q):
-        # Positional names as in flash-attn 2.8's source. Its windows and causal masks are aligned to the bottom
-        # right corner where queries and keys differ in number; that case never has a window here (checked above).
-        return flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen, dropout_p=dropout, softmax_scale=scale, causal=False,
-            window_size=(-1, -1) if window is None else (window, window), deterministic=deterministic,
-        )
+    rows = (cu_seqlens_q, 1) if one_row else (cu_seqlens, max_seqlen)
+    runs = {"torch": _by_torch, "flash-attn": _by_flash_attn, "triton": _by_triton}
+    run = runs[backend(q, bias, deterministic)]
+    return run(q, k, v, *rows, cu_seqlens, max_seqlen, window, bias, scale, dropout, deterministic)
+
+
+def backend(q, bias=None, deterministic=False) -> str:
+    """"torch", "triton" or "flash-attn": what runs attention on CUDA tensors like q.
+
+    FlashAttention-2 takes fp16 and bf16, head dimensions that are multiples of 8 up to 256, cards
+    from Ampere (8.0) on, and no bias.
+    """
+    wanted = os.environ.get("ATTENTION") or "auto"
+    if wanted not in ("auto", "torch", "triton", "flash-attn"):
+        raise ValueError(f"ATTENTION={wanted}: choose torch, triton or flash-attn, or unset it")
+    if wanted == "flash-attn" and flash_attn_varlen_func is None:
+        raise ValueError("ATTENTION=flash-attn: the package is not installed: "
+                         "pip install flash-attn --no-build-isolation, or unset it")
+    if wanted == "torch" and not torch_has_flash_attention():
+        raise ValueError("ATTENTION=torch: this torch has no FlashAttention-2 of the known form; unset it")
+    taken = (
+        q.is_cuda
+        and bias is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+    if not taken or wanted == "triton":
+        return "triton"
+    if wanted == "flash-attn":
+        return "flash-attn"
+    return "triton" if deterministic or not torch_has_flash_attention() else "torch"
+
+
+@cache
+def torch_has_flash_attention() -> bool:
+    """Whether torch was built with FlashAttention-2 and its operator is the one `_by_torch` calls: a
+    private one, whose schema is the same in torch 2.11 and 2.13 (there with two more at its end)."""
+    operator = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    if operator is None or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return flash_schema_is_known(operator.default._schema)
+
+
+def flash_schema_is_known(schema) -> bool:
+    names = [argument.name for argument in schema.arguments]
+    known = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p",
+             "is_causal", "return_debug_mask", "scale", "window_size_left", "window_size_right"]
+    optional = all(argument.has_default_value() for argument in schema.arguments[len(known) :])
+    return names[: len(known)] == known and optional and len(schema.returns) == 5
+
+
+def _by_torch(q, k, v, cu_q, max_q, cu_k, max_k, window, bias, scale, p, deterministic):
+    sides = {}
+    if window is not None:
+        sides = {"window_size_left": window, "window_size_right": window}
+    attend = torch.ops.aten._flash_attention_forward
+    return attend(q, k, v, cu_q, cu_k, max_q, max_k, p, False, False, scale=scale, **sides)[0]
+
+
+def _by_flash_attn(q, k, v, cu_q, max_q, cu_k, max_k, window, bias, scale, p, deterministic):
+    # Positional names as in flash-attn 2.8's source. Its windows are aligned to the bottom right
+    # corner where queries and keys differ in number; that case never has a window here.
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
+        dropout_p=p, softmax_scale=scale, causal=False, deterministic=deterministic,
+        window_size=(-1, -1) if window is None else (window, window),
+    )  # fmt: skip
+
+
+def _by_triton(q, k, v, cu_q, max_q, cu_k, max_k, window, bias, scale, p, deterministic):
     from kernels.flash import flash_varlen
 
     tables = {}
     if bias is not None:
-        if bias.pos_key is not None:
-            tables["c2p"] = torch.einsum("thd,shd->ths", q, bias.pos_key)
-        if bias.pos_query is not None:
-            tables["p2c"] = torch.einsum("thd,shd->ths", k, bias.pos_query)
-        tables["lut"] = bias.lut.to(torch.int32)
-    if dropout and seed is None:
-        seed = int(torch.randint(2**31 - 1, ()))
-    return flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen, scale=scale, window=window,
-                        dropout=dropout, seed=seed or 0, deterministic=deterministic, **tables)
-
-
-def _flash_attn_takes(q):
-    """flash-attn 2.8 takes fp16 and bf16, head dimensions up to 256 and cards from Ampere (8.0) on."""
-    return (flash_attn_varlen_func is not None and q.dtype in (torch.float16, torch.bfloat16)
-            and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0))
+        c2p, p2c = bias.products(q, k)
+        tables = {"c2p": c2p, "p2c": p2c, "lut": bias.lut.to(torch.int32)}
+    seed, site = next_draw(q.device) if p else (None, 0)
+    return flash_varlen(
+        q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window=window, dropout=p, seed=seed,
+        site=site, deterministic=deterministic, **tables,
+    )  # fmt: skip
 
 
 def _by_runs(q, k, v, lengths, one_row, window, bias, scale, p):

@@ -8,11 +8,12 @@ import json
 import os
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from transformers.activations import GELUActivation
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from kernels.attention import DisentangledBias, dropout, varlen_attention
+from kernels.attention import DisentangledBias, dropout, next_draw, on_gpu, varlen_attention
+from kernels.linears import Joined, Narrow, by_modules, native_bf16
 
 # oneDNN keeps the machine code of its last 1,024 products, megabytes for one number of rows: hundreds of MB where no
 # two batches are alike. Read at the first product. train.py keeps more: its attention takes a product per length.
@@ -50,7 +52,8 @@ class NonFiniteScores(FloatingPointError):
 class Packed:
     """A batch of pairs without padding. Rows of one pair are consecutive, pairs in the order given.
 
-    input_ids, token_types, positions int64 [tokens]; cu_seqlens int32 [pairs+1]; lengths: tokens per pair, on the host.
+    input_ids, token_types, positions int64 [tokens] (int32 on a GPU); cu_seqlens int32 [pairs+1]; lengths: tokens per
+    pair, on the host.
     """
 
     input_ids: torch.Tensor
@@ -67,12 +70,25 @@ class Packed:
         device = torch.device(device)
         if device == self.input_ids.device:
             return self
+        fields = ("cu_seqlens", "input_ids", "token_types", "positions")
+        hosts = [getattr(self, name) for name in fields]
+        if device.type != "cuda":
+            return replace(self, **{name: t.to(device) for name, t in zip(fields, hosts, strict=True)})
+        together, places = one_buffer(hosts)
+        there = together.pin_memory().to(device, non_blocking=True)
+        return replace(self, **{name: there[place] for name, place in zip(fields, places, strict=True)})
 
-        def move(t):
-            return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
-        return replace(self, input_ids=move(self.input_ids), token_types=move(self.token_types),
-                       positions=move(self.positions), cu_seqlens=move(self.cu_seqlens))
+def one_buffer(tensors) -> tuple[torch.Tensor, list[slice]]:
+    """int32 copies of the tensors one after the other, and the place of each: at multiples of 16 bytes, or Triton would
+    compile kernels for both alignments."""
+    rooms = [-(-len(t) // 4) * 4 for t in tensors]
+    together = torch.zeros(sum(rooms), dtype=torch.int32)
+    starts = np.cumsum([0, *rooms]).tolist()
+    places = [slice(start, start + len(t)) for start, t in zip(starts, tensors, strict=False)]
+    for place, t in zip(places, tensors, strict=True):
+        together[place] = t
+    return together, places
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, threads: int = 1) -> list[list[int]]:
@@ -100,20 +116,6 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, threads: int = 1) -> 
     return batches
 
 
-def native_bf16(device) -> bool:
-    """Whether the device multiplies bf16 in hardware; elsewhere it is emulated and slower than fp32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-@cache
-def packs_weights(dtype) -> bool:
-    """Whether torch was built with oneDNN's products over weights laid out beforehand, and this CPU runs them."""
-    return (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.cpu.get_cpu_capability()[:3] == "AVX"
-            and (dtype == torch.float32 or dtype == torch.bfloat16 and native_bf16("cpu")))
-
-
 def default_max_tokens(device, training: bool) -> int:
     """Tokens of a micro-batch. On a CPU small ones win: their buffers stay in the cache; a GPU wants large ones."""
     if torch.device(device).type == "cpu":
@@ -124,18 +126,29 @@ def default_max_tokens(device, training: bool) -> int:
 # ---------------------------------------------------------------------------------------------------------------
 # The layers of the families: Hugging Face's modules, rows of the packed batch in and out. `rows` None: every row;
 # else the [CLS] rows alone (the last layer of a model with a [CLS] head): queries, output and feed-forward on one
-# row per pair, keys and values on all.
+# row per pair, keys and values on all. On a GPU what stands between the products runs as one kernel (kernels.fused).
+
+class Stream(NamedTuple):
+    """What runs through post-norm layers [rows, hidden], and what products read of it: the same tensor, but that under
+    autocast on a GPU `narrow` is the rounded copy that the kernel before has written beside."""
+
+    wide: torch.Tensor
+    narrow: torch.Tensor
+
+    def take(self, rows) -> "Stream":
+        wide = self.wide.index_select(0, rows)
+        return Stream(wide, wide if self.narrow is self.wide else self.narrow.index_select(0, rows))
 
 
 def bert_layer(layer, x, batch, project, rows=None):
-    """BERT, MiniLM, RoBERTa, ELECTRA (post-norm). x [tokens, hidden] -> [rows, hidden]."""
+    """BERT, MiniLM, RoBERTa, ELECTRA (post-norm). x a Stream [tokens, hidden] -> [rows, hidden]."""
     attention = layer.attention.self
     if rows is None:
-        q, k, v = project(x, attention.query, attention.key, attention.value)
+        q, k, v = project(x.narrow, attention.query, attention.key, attention.value)
     else:
-        k, v = project(x, attention.key, attention.value)
-        x = x[rows]
-        q = project(x, attention.query)
+        k, v = project(x.narrow, attention.key, attention.value)
+        x = x.take(rows)
+        q = project(x.narrow, attention.query)
     context = attend(q, k, v, batch, attention.attention_head_size, attention.dropout, rows)
     return post_norm_block(layer, x, context, project)
 
@@ -144,72 +157,145 @@ def deberta_layer(layer, x, batch, project, relative, lut, rows=None):
     """DeBERTa-v2 and v3: disentangled attention. relative [slots, hidden]: distance embeddings."""
     attention = layer.attention.self
     if rows is None:
-        q, k, v = project(x, attention.query_proj, attention.key_proj, attention.value_proj)
+        q, k, v = project(x.narrow, attention.query_proj, attention.key_proj, attention.value_proj)
     else:
-        k, v = project(x, attention.key_proj, attention.value_proj)
-        x = x[rows]
-        q = project(x, attention.query_proj)
-    relative = attention.pos_dropout(relative)
+        k, v = project(x.narrow, attention.key_proj, attention.value_proj)
+        x = x.take(rows)
+        q = project(x.narrow, attention.query_proj)
     dim, kinds = attention.attention_head_size, attention.pos_att_type
-    pos_key = pos_query = None
-    if "c2p" in kinds:
-        pos_key = project(relative, attention.key_proj if attention.share_att_key else attention.pos_key_proj)
-        pos_key = pos_key.unflatten(-1, (-1, dim))
-    if "p2c" in kinds:
-        pos_query = project(relative, attention.query_proj if attention.share_att_key else attention.pos_query_proj)
-        pos_query = pos_query.unflatten(-1, (-1, dim))
+    pos_query, pos_key = distance_tables(attention, attention.pos_dropout(relative), project)
     context = attend(q, k, v, batch, dim, attention.dropout, rows, bias=DisentangledBias(pos_key, pos_query, lut),
                      scale=(dim * (1 + len(set(kinds) & {"c2p", "p2c"}))) ** -0.5)
     return post_norm_block(layer, x, context, project)
 
 
+def distance_tables(attention, relative, project):
+    """DeBERTa's queries and keys of the distances, [slots, heads, head_dim] each; None for a term the model lacks."""
+    if attention.share_att_key:
+        query, key = attention.query_proj, attention.key_proj
+    else:
+        query, key = getattr(attention, "pos_query_proj", None), getattr(attention, "pos_key_proj", None)
+    if set(attention.pos_att_type) >= {"c2p", "p2c"}:
+        tables = project(relative, query, key)
+    elif "c2p" in attention.pos_att_type:
+        tables = None, project(relative, key)
+    else:
+        tables = project(relative, query), None
+    return [t if t is None else t.unflatten(-1, (-1, attention.attention_head_size)) for t in tables]
+
+
 def post_norm_block(layer, x, context, project):
     """Output projection and feed-forward, each added to its input and normalised after."""
-    out = layer.attention.output
-    x = out.LayerNorm(add_(out.dropout(project(context, out.dense)), x))
-    inner = project(x, layer.intermediate.dense, act=layer.intermediate.intermediate_act_fn)
-    out = layer.output
-    return out.LayerNorm(add_(out.dropout(project(inner, out.dense)), x))
+    x = add_norm(project, context, layer.attention.output, x)
+    inner = project(x.narrow, layer.intermediate.dense, act=layer.intermediate.intermediate_act_fn)
+    return add_norm(project, inner, layer.output, x)
 
 
-def modernbert_layer(layer, x, batch, project, rope, rows=None):
-    """ModernBERT and Ettin (pre-norm, rotary, alternating windows). rope: cos and sin [tokens, 1, head_dim]."""
+def modernbert_layer(layer, x, h, batch, project, rope, norm_after, dtype, rows=None):
+    """ModernBERT and Ettin (pre-norm, rotary, alternating windows).
+
+    x [tokens, hidden], h the norm of it that attention reads -> x [rows, hidden] and norm_after(x) in dtype (None: as
+    the norm has it). rope: cos and sin [positions, head_dim] and the tokens' positions.
+    """
     attention = layer.attn
     dim = attention.head_dim
     window = None if attention.sliding_window is None else attention.sliding_window - 1  # Hugging Face's is exclusive
-    h = layer.attn_norm(x)
     if rows is None:
-        q, k, v = project(h, attention.Wqkv).unflatten(-1, (3, -1, dim)).unbind(1)
+        q, k, v = turned(project(h, attention.Wqkv).unflatten(-1, (3, -1, dim)), rope, 2)
     else:
+        cos, sin, positions = rope
+        x, own = x.index_select(0, rows), (h.index_select(0, rows), (cos, sin, positions.index_select(0, rows)))
         if window is not None:  # the first token sees its window: only these keys are needed
-            h, rope, batch = crop(h, rope, batch, window + 1)
-            window, rows, x = None, batch.cu_seqlens[:-1].long(), x[rows]
-        else:
-            x = x[rows]
-        weight, bias = attention.Wqkv.weight, attention.Wqkv.bias
-        hidden = weight.shape[1]
-        q = F.linear(h[rows], weight[:hidden], None if bias is None else bias[:hidden]).unflatten(-1, (-1, dim))
-        kv = F.linear(h, weight[hidden:], None if bias is None else bias[hidden:])
-        k, v = kv.unflatten(-1, (2, -1, dim)).unbind(1)
-    cos, sin = rope
-    q = rotate(q, cos, sin) if rows is None else rotate(q, cos[rows], sin[rows])
-    context = attend(q, rotate(k, cos, sin), v, batch, dim, attention.attention_dropout if layer.training else 0.0,
-                     rows, window=window)
-    x = add_(attention.out_drop(project(context, attention.Wo)), x)
-    inner, gate = project(layer.mlp_norm(x), layer.mlp.Wi).chunk(2, -1)
-    return add_(project(layer.mlp.drop(layer.mlp.act(inner) * gate), layer.mlp.Wo), x)
+            h, positions, batch = crop(h, positions, batch, window + 1)
+            window = None
+        hidden = attention.Wqkv.in_features
+        q = project(own[0], attention.Wqkv, part=slice(0, hidden)).unflatten(-1, (1, -1, dim))
+        kv = project(h, attention.Wqkv, part=slice(hidden, None)).unflatten(-1, (2, -1, dim))
+        (q,), (k, v) = turned(q, own[1], 1), turned(kv, (cos, sin, positions), 1)
+    context = attend(q, k, v, batch, dim, attention.attention_dropout if layer.training else 0.0, rows, window=window)
+    x, h = add_then_norm(project(context, attention.Wo), x, attention.out_drop, layer.mlp_norm, h.dtype)
+    inner = gated(project(h, layer.mlp.Wi), layer.mlp)
+    return add_then_norm(project(inner, layer.mlp.Wo), x, None, norm_after, dtype or h.dtype)
 
 
 def attend(q, k, v, batch, head_dim, drop, rows, **how):
     """varlen_attention over heads split from [rows, hidden] (or split already) -> [rows, hidden]."""
     q, k, v = (t if t.dim() == 3 else t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
-    if isinstance(drop, nn.Dropout):
-        drop = drop.p if drop.training else 0.0
     if rows is not None:
         pairs = torch.arange(len(batch.lengths) + 1, dtype=torch.int32, device=q.device)
         how |= {"cu_seqlens_q": pairs, "max_seqlen_q": 1}
-    return varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, lengths=batch.lengths, dropout=drop,
-                            **how).flatten(1)
+    return varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, lengths=batch.lengths,
+                            dropout=probability(drop), **how).flatten(1)
+
+
+def probability(drop) -> float:
+    """What a dropout (a module, a number or None) does now."""
+    if isinstance(drop, nn.Dropout):
+        return drop.p if drop.training else 0.0
+    return drop if isinstance(drop, float) else 0.0
+
+
+def draws(drop, device) -> dict:
+    """The arguments of a fused kernel that drops."""
+    if not (p := probability(drop)):
+        return {}
+    seed, site = next_draw(device)
+    return {"dropout": p, "seed": seed, "site": site}
+
+
+def fuses(x) -> bool:
+    return on_gpu(x.device) and x.dtype != torch.float64
+
+
+def add_norm(project, inner, out, x) -> Stream:
+    """LayerNorm(x + dropout(dense(inner))), the modules those of `out`, x a Stream."""
+    norm = out.LayerNorm
+    if fuses(x.wide):
+        from kernels import fused
+
+        branch = project(inner, out.dense, bias=False)
+        return Stream(*fused.add_norm(branch, x.wide, norm.weight, norm.bias, norm.eps, branch_bias=out.dense.bias,
+                                      dtype=x.narrow.dtype, **draws(out.dropout, branch.device)))
+    y = norm(add_(out.dropout(project(inner, out.dense)), x.wide))
+    return Stream(y, y)
+
+
+def add_then_norm(branch, x, drop, norm, dtype):
+    """x + drop(branch), and norm of it in dtype."""
+    if fuses(branch):
+        from kernels import fused
+
+        return fused.add_norm(branch, x, norm.weight, norm.bias, norm.eps, dtype=dtype, pre_norm=True,
+                              **draws(drop, branch.device))
+    x = add_(branch if drop is None else drop(branch), x)
+    return x, norm(x)
+
+
+def gated(x, mlp):
+    """act(first half) * second half of x [rows, 2 n], ModernBERT's feed-forward."""
+    if fuses(x) and isinstance(mlp.act, GELUActivation) and not probability(mlp.drop):
+        from kernels import fused
+
+        return fused.geglu(x)
+    inner, gate = x.chunk(2, -1)
+    return mlp.drop(mlp.act(inner) * gate)
+
+
+def turned(x, rope, parts):
+    """The n parts of x [rows, n, heads, head_dim], the first `parts` turned by their positions, computed in fp32 (Su et
+    al. 2021, eq. 34). rope: cos and sin [positions, head_dim] fp32, positions [rows]."""
+    if fuses(x):
+        from kernels import fused
+
+        return fused.rotary(x, *rope, parts=parts)
+    cos, sin = (table[rope[2]][:, None] for table in rope[:2])
+
+    def turn(part):
+        wide = part.float()
+        first, second = wide.chunk(2, -1)
+        return (wide * cos + torch.cat((-second, first), -1) * sin).to(part.dtype)
+
+    return [turn(part) if i < parts else part for i, part in enumerate(x.unbind(1))]
 
 
 def add_(fresh, x):
@@ -229,22 +315,15 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training else x
 
 
-def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021, eq. 34) of x [rows, heads, head_dim], computed in fp32."""
-    dtype, x = x.dtype, x.float()
-    first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat((-second, first), -1) * sin).to(dtype)
-
-
-def crop(h, rope, batch, longest):
+def crop(h, positions, batch, longest):
     """The first `longest` rows of every pair."""
     lengths = [min(length, longest) for length in batch.lengths]
-    kept = batch.positions.new_tensor(lengths)
+    kept = batch.cu_seqlens.diff().long().clamp(max=longest)
     starts = cumulative(kept)
     index = torch.arange(sum(lengths), device=h.device) + torch.repeat_interleave(
         batch.cu_seqlens[:-1].long() - starts[:-1], kept, output_size=sum(lengths))
     cropped = replace(batch, cu_seqlens=starts.to(torch.int32), lengths=lengths)
-    return h[index], tuple(t[index] for t in rope), cropped
+    return h[index], positions[index], cropped
 
 
 def cumulative(lengths):
@@ -285,6 +364,44 @@ def check_config(config) -> None:
             refuse("DeBERTa without relative_attention is not supported")
 
 
+@lru_cache(maxsize=1024)
+def distance_slots(longest, buckets, span, device):
+    """DeBERTa: the lowest and the highest slot of the distances 1 - longest .. longest - 1, and the slots of them all
+    [2 longest - 1], counted from the lowest.
+
+    The slots come from Hugging Face's own operation: a logarithm and a ceiling that must not be redone differently.
+    """
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+    with torch.inference_mode(False):  # kept: training may come after scoring
+        distance = torch.arange(1 - longest, longest)
+        if buckets > 0:
+            distance = make_log_bucket_position(distance, buckets, span).long()
+            span = buckets
+        slots = (distance + span).clamp(0, 2 * span - 1)
+        low, high = int(slots[0]), int(slots[-1])  # slots grow with the distance
+        slots = slots - low
+        return low, high, slots.int().to(device) if on_gpu(device) else slots
+
+
+def product_groups(body, on_cls: bool) -> list[tuple[nn.Linear, ...]]:
+    """The linear maps of an encoder, those of one input together. on_cls: the last layer's queries have an input of
+    their own, the [CLS] rows."""
+    layers = body.layers if hasattr(body, "layers") else body.encoder.layer
+    groups = [(body.embeddings_project,)] if hasattr(body, "embeddings_project") else []
+    for layer in layers:
+        linears = {name.rsplit(".", 1)[-1]: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        joined = [linears[name] for name in linears if name in ("query", "query_proj")]
+        joined += [linears[name] for name in linears if name in ("key", "key_proj", "value", "value_proj")]
+        alone = [m for m in layer.modules() if isinstance(m, nn.Linear) and m not in joined]
+        if joined and on_cls and layer is layers[-1]:
+            groups += [tuple(joined[:1]), tuple(joined[1:])]
+        elif joined:
+            groups.append(tuple(joined))
+        groups += [(linear,) for linear in alone]
+    return groups
+
+
 class CrossEncoder(nn.Module):
     """A Hugging Face ...ForSequenceClassification with one label and its fast tokenizer, run packed.
 
@@ -299,13 +416,13 @@ class CrossEncoder(nn.Module):
         self.query_length, self.doc_length = query_length, doc_length
         self.new_weights: list[str] = []
         self.truncated = 0
-        self._joined: dict = {}
+        self._joined = Joined(rows=default_max_tokens("cpu", training=False))
+        self._narrowed, self._ropes = None, {}
         for module in model.modules():
             if type(module) is nn.Dropout:
                 module.__class__ = Dropout
         if model.dtype.itemsize < 4:  # the head in fp32 all the same: scores rounded to bf16 tie with each other
-            body = getattr(model, FAMILIES[model.config.model_type][0])
-            parts = [getattr(owner, p, None) for owner in (body, model) for p in ("pooler", "head", "classifier")]
+            parts = [getattr(owner, p, None) for owner in (self.body, model) for p in ("pooler", "head", "classifier")]
             for part in filter(None, parts):
                 part.float()
         self.train(model.training)
@@ -386,104 +503,96 @@ class CrossEncoder(nn.Module):
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """fp32 logits [pairs] in the order packed; differentiable; in train() with the model's own dropout."""
-        config = self.model.config
-        body = getattr(self.model, FAMILIES[config.model_type][0])
-        batch = packed.to(self.device)
-        if config.model_type == "modernbert":
-            return self._modernbert(body, batch)
+        batch, device = packed.to(self.device), self.device.type
+        if on_gpu(self.device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):  # the copies of the weights have its casts
+                return self._logits(batch, self._narrow(dtype).projector(), dtype)
+        scores = not self.training and not torch.is_grad_enabled()
+        return self._logits(batch, self._joined if scores else by_modules)
+
+    def _logits(self, batch, project, dtype=None):
+        """dtype: what products read, where it is not the stream's own."""
+        run = self._modernbert if self.model.config.model_type == "modernbert" else self._post_norm
+        x = wide(run(self.body, batch, project, dtype))
+        model, kind = self.model, self.model.config.model_type
+        with torch.autocast(x.device.type, enabled=False):
+            if kind == "modernbert":
+                logits = model.classifier(model.drop(model.head(x)))
+            elif kind == "bert":  # the heads take the first of a sequence of one
+                logits = model.classifier(model.dropout(self.body.pooler(x[:, None])))
+            elif kind == "deberta-v2":
+                logits = model.classifier(model.dropout(model.pooler(x[:, None])))
+            else:
+                logits = model.classifier(x[:, None])
+        return logits.float().squeeze(-1)
+
+    def _post_norm(self, body, batch, project, dtype):
+        """BERT, RoBERTa, ELECTRA, DeBERTa: the [CLS] rows after the last layer."""
         x = body.embeddings(input_ids=batch.input_ids[None], token_type_ids=batch.token_types[None],
                             position_ids=batch.positions[None])[0]
         if hasattr(body, "embeddings_project"):
-            x = body.embeddings_project(x)
-        cls = batch.cu_seqlens[:-1].long()
-        *layers, last = body.encoder.layer
-        if config.model_type == "deberta-v2":
-            relative, lut = self._distances(body.encoder, batch.max_seqlen)
-            for layer in layers:
-                x = deberta_layer(layer, x, batch, self._project, relative, lut)
-            x = deberta_layer(last, x, batch, self._project, relative, lut, cls)
-        else:
-            for layer in layers:
-                x = bert_layer(layer, x, batch, self._project)
-            x = bert_layer(last, x, batch, self._project, cls)
-        model, x = self.model, wide(x)[:, None]  # the heads take the first of a sequence of one
-        with torch.autocast(x.device.type, enabled=False):
-            if config.model_type == "bert":
-                logits = model.classifier(model.dropout(body.pooler(x)))
-            elif config.model_type == "deberta-v2":
-                logits = model.classifier(model.dropout(model.pooler(x)))
-            else:
-                logits = model.classifier(x)
-        return logits.float().squeeze(-1)
-
-    def _modernbert(self, body, batch):
-        x = body.embeddings(input_ids=batch.input_ids)
-        ropes = {kind: tuple(t[0, :, None].float() for t in body.rotary_emb(x[None], batch.positions[None], kind))
-                 for kind in set(self.model.config.layer_types)}
-        mean = self.model.config.classifier_pooling == "mean"
-        cls = None if mean else batch.cu_seqlens[:-1].long()
-        *layers, last = body.layers
+            x = project(x, body.embeddings_project)
+        x = Stream(x, x) if dtype is None else Stream(wide(x), x.to(dtype))
+        cls, layers, run, more = batch.cu_seqlens[:-1], body.encoder.layer, bert_layer, ()
+        if self.model.config.model_type == "deberta-v2":
+            run, more = deberta_layer, self._distances(body.encoder, batch.max_seqlen)
         for layer in layers:
-            x = modernbert_layer(layer, x, batch, self._project, ropes[layer.attention_type])
-        x = wide(body.final_norm(modernbert_layer(last, x, batch, self._project, ropes[last.attention_type], cls)))
-        if mean:
-            x = torch.segment_reduce(x, "mean", lengths=batch.cu_seqlens.diff(), axis=0)
-        model = self.model
-        with torch.autocast(x.device.type, enabled=False):
-            return model.classifier(model.drop(model.head(x))).float().squeeze(-1)
+            x = run(layer, x, batch, project, *more, rows=cls if layer is layers[-1] else None)
+        return x.wide
+
+    def _modernbert(self, body, batch, project, dtype):
+        """ModernBERT: the [CLS] rows after the last layer, or each pair's mean."""
+        x = body.embeddings(input_ids=batch.input_ids)
+        h = x if dtype is None else x.to(dtype)  # the first layer's attention reads it without a norm
+        ropes = {kind: (*self._rope(body, kind), batch.positions) for kind in set(self.model.config.layer_types)}
+        norms = [layer.attn_norm for layer in body.layers[1:]]
+        for layer, norm in zip(body.layers, [*norms, body.final_norm], strict=True):
+            last = layer is body.layers[-1]
+            rows = batch.cu_seqlens[:-1] if last and not self.mean_pooled else None
+            x, h = modernbert_layer(layer, x, h, batch, project, ropes[layer.attention_type], norm,
+                                    torch.float32 if last else None, rows)
+        if self.mean_pooled:
+            # unchecked: no waiting
+            return torch.segment_reduce(wide(h), "mean", offsets=batch.cu_seqlens, axis=0, unsafe=True)
+        return h
+
+    @property
+    def body(self):
+        """The encoder without its head, a module of Hugging Face's."""
+        return getattr(self.model, FAMILIES[self.model.config.model_type][0])
+
+    @property
+    def mean_pooled(self) -> bool:
+        """Whether the head reads the mean of all rows instead of [CLS]."""
+        return getattr(self.model.config, "classifier_pooling", "cls") == "mean"
+
+    def _narrow(self, dtype) -> Narrow:
+        """The weights of the layers' products in dtype, queries, keys and values as one."""
+        place = dtype, self.device
+        if self._narrowed is None or self._narrowed[0] != place:
+            groups = product_groups(self.body, on_cls=not self.mean_pooled)
+            self._narrowed = place, Narrow(groups, dtype)
+        return self._narrowed[1]
+
+    def _rope(self, body, kind):
+        """cos and sin [positions, head_dim] fp32 of the layers of a kind, by Hugging Face's own rule; kept."""
+        place = kind, self.device
+        if place not in self._ropes:
+            with torch.inference_mode(False), torch.no_grad():
+                everywhere = torch.arange(self.max_positions, device=self.device)[None]
+                like = torch.empty(0, device=self.device)
+                self._ropes[place] = tuple(table[0] for table in body.rotary_emb(like, everywhere, kind))
+        return self._ropes[place]
 
     def _distances(self, encoder, longest):
-        """DeBERTa's distance embeddings that pairs of up to `longest` tokens reach, and the slot of each distance.
-
-        The slots come from Hugging Face's own operation: a logarithm and a ceiling that must not be redone differently.
-        """
-        from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
-
-        distance = torch.arange(1 - longest, longest)
-        span = encoder.max_relative_positions
-        if encoder.position_buckets > 0:
-            distance = make_log_bucket_position(distance, encoder.position_buckets, span).long()
-            span = encoder.position_buckets
-        slots = (distance + span).clamp(0, 2 * span - 1)
-        low, high = int(slots[0]), int(slots[-1])  # slots grow with the distance
-        relative = encoder.get_rel_embedding()[low : high + 1]
-        return relative, (slots - low).to(self.device, non_blocking=True)
-
-    def _project(self, x, *linears, act=None):
-        """Linear maps of one input, a tensor for each (one alone for one), `act` applied to it.
-
-        Scoring joins them to one product, and on a CPU runs it with the weights laid out as oneDNN wants them and an
-        exact GELU in the same pass: 10 to 20 % faster than F.linear. Both are kept while the weights do not change.
-        """
-        cpu, gelu = x.device.type == "cpu", isinstance(act, GELUActivation)
-        if self.training or torch.is_grad_enabled() or not cpu and len(linears) == 1:
-            outs = [linear(x) for linear in linears]
-            if len(outs) > 1 or not act:
-                return outs if len(outs) > 1 else outs[0]
-            return torch.ops.aten.gelu_(outs[0]) if gelu and not outs[0].requires_grad else act(outs[0])
-        dtype = torch.get_autocast_dtype("cpu") if cpu and torch.is_autocast_enabled("cpu") else linears[0].weight.dtype
-        now = dtype, [(p.data_ptr(), p._version) for linear in linears for p in (linear.weight, linear.bias)
-                      if p is not None]
-        kept = self._joined.get(linears)
-        if kept is None or kept[0] != now:
-            weight = torch.cat([linear.weight for linear in linears]).to(dtype)
-            bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears]).to(dtype)
-            laid_out = cpu and packs_weights(dtype)
-            if laid_out:
-                weight = torch.ops.mkldnn._reorder_linear_weight(weight, default_max_tokens(x.device, training=False))
-            kept = self._joined[linears] = now, weight, bias, laid_out
-        _, weight, bias, laid_out = kept
-        if laid_out:
-            how = ("gelu", [], "none") if gelu else ("none", [], "")
-            out = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, *how)
-        else:
-            out = F.linear(x, weight, bias)
-            out = torch.ops.aten.gelu_(out) if gelu else out
-        out = act(out) if act and not gelu else out
-        return out.chunk(len(linears), -1) if len(linears) > 1 else out
+        """DeBERTa's distance embeddings that pairs of up to `longest` tokens reach, and the slot of each distance."""
+        buckets, span = encoder.position_buckets, encoder.max_relative_positions
+        low, high, slots = distance_slots(longest, buckets, span, self.device)
+        return encoder.get_rel_embedding()[low : high + 1], slots
 
     def train(self, mode: bool = True) -> "CrossEncoder":
-        self._joined.clear()
+        self._joined.kept.clear()
         return super().train(mode)
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -533,29 +642,45 @@ class CrossEncoder(nn.Module):
 
     # -- scoring --------------------------------------------------------------------------------------------------
 
-    def score_tokens(self, query_ids, doc_ids, max_tokens: int | None = None) -> torch.Tensor:
-        """fp32 logits [pairs] on the CPU of pairs of token ids (from tokenize), in their order; no dropout.
-
-        NonFiniteScores names the positions of pairs whose score is NaN or infinite.
-        """
-        scores = torch.empty(len(query_ids))
+    def start(self, query_ids, doc_ids, max_tokens: int | None = None) -> Callable[[], torch.Tensor]:
+        """Begins what score_tokens does and returns the function that waits for its scores: a GPU works meanwhile, a
+        CPU begins when it is called."""
         lengths = [self.pair_length(len(q), len(d)) for q, d in zip(query_ids, doc_ids, strict=True)]
-        cpu = self.device.type == "cpu"
-        # shared evenly by up to 8 threads, whatever their number: it must not change the scores
-        parts = micro_batches(lengths, max_tokens or default_max_tokens(self.device, training=False), 8 if cpu else 1)
+        ahead = on_gpu(self.device)
+        # on a CPU shared evenly by up to 8 threads, whatever their number: it must not change the scores
+        budget = max_tokens or default_max_tokens(self.device, training=False)
+        parts = micro_batches(lengths, budget, 1 if ahead else 8)
 
         @torch.inference_mode()
         def work(part):
             return self(self.pack([query_ids[i] for i in part], [doc_ids[i] for i in part]))
 
-        with evaluating(self):
-            done = list((in_threads if cpu else map)(work, parts))
-        if done:
-            scores[[i for part in parts for i in part]] = torch.cat(done).cpu()
-        bad = (~scores.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise NonFiniteScores(bad)
+        def run():
+            with evaluating(self):
+                return list((map if ahead else in_threads)(work, parts))
+
+        arrive = None
+        if ahead and parts:
+            arrive = to_host(torch.cat(run()))
+
+        def scores():
+            ordered = torch.empty(len(query_ids))
+            if parts:
+                found = arrive() if ahead else torch.cat(run())
+                ordered[[i for part in parts for i in part]] = found
+            bad = (~ordered.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                raise NonFiniteScores(bad)
+            return ordered
+
         return scores
+
+    def score_tokens(self, query_ids, doc_ids, max_tokens: int | None = None) -> torch.Tensor:
+        """fp32 logits [pairs] on the CPU of pairs of token ids (from tokenize), in their order; no dropout.
+
+        NonFiniteScores names the positions of pairs whose score is NaN or infinite.
+        """
+        return self.start(query_ids, doc_ids, max_tokens)()
 
     def score(self, queries: list[str], documents: list[str], max_tokens: int | None = None) -> torch.Tensor:
         """fp32 logits [pairs] of queries[i] with documents[i]. Each distinct text is tokenised once."""
@@ -564,6 +689,40 @@ class CrossEncoder(nn.Module):
         distinct = list(dict.fromkeys(documents))
         document_of = dict(zip(distinct, self.tokenize(distinct, self.doc_length), strict=True))
         return self.score_tokens([query_of[q] for q in queries], [document_of[d] for d in documents], max_tokens)
+
+
+def to_device(device, *tensors):
+    """Tensors of the host on the device, without waiting for what it computes."""
+    if device.type != "cuda":
+        return tensors
+    return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+
+
+def to_host(tensor) -> Callable[[], torch.Tensor]:
+    """Begins to copy a tensor of the device; the function returned waits for it."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait():
+        copied.synchronize()
+        return host
+
+    return wait
+
+
+def kept_bytes(config, dtype) -> int:
+    """Bytes that a token's forward pass keeps for the backward pass, products in dtype: in bf16 36 to 37 a layer and
+    hidden unit by count (`python -m kernels.bench launches`, and attention's result), taken for 40; twice in fp32;
+    DeBERTa's two tables besides."""
+    units = 40 * config.hidden_size
+    if config.model_type == "deberta-v2":
+        slots = 2 * (config.position_buckets if config.position_buckets > 0 else config.max_position_embeddings)
+        units += 2 * 2 * config.num_attention_heads * slots
+    return config.num_hidden_layers * units * dtype.itemsize // 2
 
 
 def in_threads(work, items, spare=False):

@@ -16,7 +16,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
-from kernels.attention import dropout, dropout_from, varlen_attention
+from kernels.attention import DisentangledBias, dropout, dropout_from, varlen_attention
 from kernels.encoder import (
     CrossEncoder,
     ModelError,
@@ -317,6 +317,7 @@ def test_the_call_of_flash_attn_is_that_of_its_source(monkeypatch):
 
     monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_varlen_func)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setenv("ATTENTION", "flash-attn")
     with FakeTensorMode():
         q, k, v = torch.empty(3, 9, 2, 64, device="cuda", dtype=torch.bfloat16)
         cu, ones = (torch.empty(4, device="cuda", dtype=torch.int32) for _ in range(2))
@@ -331,11 +332,80 @@ def test_the_call_of_flash_attn_is_that_of_its_source(monkeypatch):
         assert whole["dropout_p"] == 0.1 and whole["softmax_scale"] == 64**-0.5 and whole["deterministic"] is True
         assert first["cu_seqlens_q"] is ones and first["max_seqlen_q"] == 1 and first["window_size"] == (-1, -1)
         assert first["dropout_p"] == 0.0 and first["softmax_scale"] == 0.5 and first["deterministic"] is False
-        for how in (dict(dtype=torch.float32), dict(card=(7, 5)), dict(dim=264)):  # what flash-attn does not take
-            x = torch.empty(9, 2, how.get("dim", 64), device="cuda", dtype=how.get("dtype", torch.bfloat16))
-            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, how=how: how.get("card", (8, 0)))
-            assert not attention._flash_attn_takes(x)
     assert len(calls) == 2
+
+
+def test_the_choice_of_a_back_end(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from kernels import attention
+
+    monkeypatch.setattr(attention, "torch_has_flash_attention", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", object())
+    monkeypatch.delenv("ATTENTION", raising=False)
+    bias = DisentangledBias(torch.zeros(3, 2, 64), None, torch.zeros(9))
+    with FakeTensorMode():
+        q = torch.empty(9, 2, 64, device="cuda", dtype=torch.bfloat16)
+        others = [torch.empty(9, 2, 64, device="cuda"), torch.empty(9, 2, 60, device="cuda", dtype=torch.bfloat16),
+                  torch.empty(9, 2, 264, device="cuda", dtype=torch.float16), torch.empty(9, 2, 64)]
+    assert attention.backend(q) == attention.backend(q.half()) == "torch"
+    assert attention.backend(q, deterministic=True) == attention.backend(q, bias) == "triton"
+    assert all(attention.backend(x) == "triton" for x in others)
+    for wanted in ("torch", "triton", "flash-attn"):
+        monkeypatch.setenv("ATTENTION", wanted)
+        assert attention.backend(q) == wanted and attention.backend(q, bias) == "triton"
+    assert attention.backend(q, deterministic=True) == "flash-attn"
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    with pytest.raises(ValueError, match="not installed"):
+        attention.backend(q)
+    monkeypatch.setattr(attention, "torch_has_flash_attention", lambda: False)
+    monkeypatch.setenv("ATTENTION", "torch")
+    with pytest.raises(ValueError, match="no FlashAttention-2"):
+        attention.backend(q)
+    monkeypatch.setenv("ATTENTION", "sdpa")
+    with pytest.raises(ValueError, match="ATTENTION=sdpa: choose"):
+        attention.backend(q)
+    monkeypatch.delenv("ATTENTION")
+    assert attention.backend(q) == "triton"
+    monkeypatch.setattr(attention, "torch_has_flash_attention", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert attention.backend(q) == "triton"
+
+
+def test_the_schema_of_torchs_flash_attention():
+    """The private operator is the one that is called, in every torch this runs under; no other is taken for it."""
+    from kernels import attention
+
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    assert attention.flash_schema_is_known(schema)
+    text = str(schema)
+    for was, now in [("cum_seq_q", "cu_seqlens_q"), ("SymInt? window_size_left=None, ", ""), ("is_causal", "causal")]:
+        assert was in text
+        assert not attention.flash_schema_is_known(torch._C.parse_schema(text.replace(was, now)))
+    assert attention.flash_schema_is_known(torch._C.parse_schema(text.replace(") -> (", ", bool more=False) -> (")))
+    required = text.replace("window_size_left=None", "more, SymInt? x=None")
+    assert not attention.flash_schema_is_known(torch._C.parse_schema(required))
+
+
+@pytest.mark.parametrize("case", ["full", "window", "one row", "dropout"])
+def test_torchs_flash_attention_takes_what_the_encoder_has(case, monkeypatch):
+    """On tensors without numbers: shapes, dtypes, and gradients that arrive at the sliced product of q, k and v."""
+    from kernels import attention
+
+    monkeypatch.setattr(attention, "_gpu_path", True)
+    monkeypatch.setattr(attention, "backend", lambda *args: "torch")
+    product = torch.empty(90, 3, 12, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    (q, k, v), cu = product.unbind(1), torch.empty(6, dtype=torch.int32, device="meta")
+    leaves, how = [product], {"window": {"window": 64}, "dropout": {"dropout": 0.1}}.get(case, {})
+    if case == "one row":
+        q = torch.empty(5, 12, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        leaves, how = [product, q], {"cu_seqlens_q": torch.empty_like(cu), "max_seqlen_q": 1}
+    out = varlen_attention(q, k, v, cu, 30, **how)
+    assert out.shape == q.shape and out.dtype == torch.bfloat16
+    assert "FlashAttention" in out.grad_fn.name()
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out.float().sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape and gradient.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "deberta"])
