@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pytrec_eval
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "AP")
 ALPHA = 0.05
@@ -188,7 +187,8 @@ def read_qrels(path):
 
 
 # ---------------------------------------------------------------------------------------------------- measures
-# pytrec_eval computes every value; a run is only cut down first to what its values depend on.
+# pytrec_eval computes every value; a run is only cut down first to what its values depend on. It is
+# imported where it computes: train.py and rerank.py import this file, and still run without it.
 
 
 class Measure(NamedTuple):
@@ -219,6 +219,8 @@ def parse_measure(name):
         cut = int(match[3]) if match[3] else None
         trec = f"{trec}_{cut}" if cut and trec != "recip_rank" else trec
         return Measure(name, trec, int(match[2] or 1), cut, cut is None, family == "judged")
+    import pytrec_eval
+
     try:
         trial = pytrec_eval.RelevanceEvaluator({"q": {"d": 1}}, {asked(name)}).evaluate({"q": {"d": 1.0}})["q"]
     except ValueError:
@@ -313,6 +315,8 @@ def evaluate(qrels, run, measures=DEFAULT_MEASURES):
     RR@k cuts the run at rank k first, as MS MARCO does; nDCG has linear gains; Judged@k divides by the smaller of k
     and the number of documents returned. Raises BadInput for an unknown measure or a score that is not finite.
     """
+    import pytrec_eval
+
     parsed = [parse_measure(m) for m in measures]
     run = run if isinstance(run, Columns) else Columns.of(run)
     if not np.isfinite(run.values.astype(float)).all():
@@ -336,6 +340,8 @@ def evaluate(qrels, run, measures=DEFAULT_MEASURES):
 
 def mean(per_query):
     """{measure: value over all queries} of evaluate()'s result: the mean, for num_* and gm_* what trec_eval prints."""
+    import pytrec_eval
+
     rows = list(per_query.values())
     total = pytrec_eval.compute_aggregated_measure
     return {m: float(total(m, [row[m] for row in rows])) for m in rows[0]} if rows else {}

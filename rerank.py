@@ -559,8 +559,11 @@ class PairScorer:
 
     def __call__(self, blocks: list[list[str]]) -> Iterator[dict[str, dict[str, float]]]:
         """Yields {qid: {docid: fp32 score}} for each block. Raises BadInput on a missing document or a score
-        that is not finite, naming the queries."""
-        start = time.perf_counter()
+        that is not finite, naming the queries.
+
+        A GPU is given a block before the scores of the one before it are fetched, so that it never waits for this.
+        """
+        start, launched = time.perf_counter(), None
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(self._prepare, blocks[0]) if blocks else None
             for i, block in enumerate(blocks):
@@ -570,21 +573,29 @@ class PairScorer:
                     self.waited += time.perf_counter() - mark
                 if i + 1 < len(blocks):
                     coming = ahead.submit(self._prepare, blocks[i + 1])
-                try:
-                    scores = self.model.score_tokens(query_ids, passage_ids, self.max_tokens).numpy()
-                except FloatingPointError as e:
-                    owner = np.repeat(np.arange(len(counts)), counts)
-                    bad = list(dict.fromkeys(keys[owner[i]][0] for i in e.pairs))
-                    raise BadInput(f"scores not finite, first of queries {bad[:5]}; has the model diverged?") from e
-                if len(scores) > len(counts):
-                    scores = np.maximum.reduceat(scores, np.cumsum([0, *counts[:-1]]))
-                result: dict[str, dict[str, float]] = {qid: {} for qid in block}
-                for (qid, docid), score in zip(keys, scores, strict=True):
-                    result[qid][docid] = score
-                self.pairs += len(counts)
-                self.passages += len(passage_ids)
-                self.seconds = time.perf_counter() - start
-                yield result
+                scores = self.model.start(query_ids, passage_ids, self.max_tokens)
+                if launched:
+                    yield self._result(start, *launched)
+                launched = block, keys, counts, scores
+            if launched:
+                yield self._result(start, *launched)
+
+    def _result(self, start, block, keys, counts, scores) -> dict[str, dict[str, float]]:
+        try:
+            scores = scores().numpy()
+        except FloatingPointError as e:
+            owner = np.repeat(np.arange(len(counts)), counts)
+            bad = list(dict.fromkeys(keys[owner[i]][0] for i in e.pairs))
+            raise BadInput(f"scores not finite, first of queries {bad[:5]}; has the model diverged?") from e
+        self.pairs += len(counts)
+        self.passages += len(scores)
+        if len(scores) > len(counts):
+            scores = np.maximum.reduceat(scores, np.cumsum([0, *counts[:-1]]))
+        result: dict[str, dict[str, float]] = {qid: {} for qid in block}
+        for (qid, docid), score in zip(keys, scores, strict=True):
+            result[qid][docid] = score
+        self.seconds = time.perf_counter() - start
+        return result
 
     def summary(self) -> str:
         """What was scored, how fast, and everything that was cut or left out, in one line."""

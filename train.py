@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +45,9 @@ from tqdm import tqdm
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 from evaluate import SUITES, BadInput, Parser, at_least, evaluate, markdown_table, mean, parse_measure
 from kernels import losses
-from kernels.attention import dropout_from
-from kernels.encoder import CrossEncoder, default_max_tokens, in_threads, micro_batches, native_bf16
+from kernels.attention import dropout_from, on_gpu
+from kernels.encoder import CrossEncoder, default_max_tokens, in_threads, kept_bytes, micro_batches, to_device, to_host
+from kernels.linears import native_bf16
 from rerank import (
     CACHE,
     FULL,
@@ -377,22 +378,33 @@ class Step:
     micro-batch), so that memory does not grow with the list. On a CPU each thread takes a micro-batch of its own and
     their gradients are added in order. In both ways the loss and d loss / d scores are computed once, on the lists of
     the whole batch, all ranks included: a ragged share weighs what it should.
+
+    On a GPU nothing in a step waits for the card: loss and gradient norm are read a step later. Where one is not finite
+    the card itself leaves the weights as they are, in that step and all after it, until it is read.
     """
 
     def __init__(self, model, loss, optimizer, args, rank, world):
         self.model, self.loss, self.optimizer, self.args = model, getattr(losses, loss), optimizer, args
         self.rank, self.world = rank, world
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.flat = None  # every gradient in one buffer, where they are summed over ranks or threads
+        self.unread = deque()  # (step, queries, loss and norm on their way from the card)
         config, device = model.model.config, model.device
+        self.on_gpu = on_gpu(device)
         self.max_tokens = args.max_tokens or default_max_tokens(device, training=True)
-        self.keep = self.max_tokens
-        if device.type == "cpu" and not args.max_tokens:
+        self.keep = None if self.on_gpu else self.max_tokens  # None: by the memory that is free at the first step
+        if self.on_gpu and optimizer:
+            if not getattr(optimizer, "_step_supports_amp_scaling", False):
+                raise ValueError("the optimizer has to be fused on a GPU: it clips, and skips what is not finite")
+            optimizer.found_inf = torch.zeros((), device=device)  # 1 from the first step on that was not finite
+            self.one = torch.ones((), device=device)
+        if not self.on_gpu and not args.max_tokens:
             # about 34 fp32 values per token, layer and hidden unit are kept for the backward pass; up to 4 GiB of them,
             # by one pass or by all threads together (beyond 4 GiB only where that leaves a thread less than 512 tokens)
             fit = 2**32 // (34 * 4 * config.num_hidden_layers * config.hidden_size)
             self.keep = max(self.keep, fit)
             self.max_tokens = min(self.max_tokens, max(fit // torch.get_num_threads(), 512))
-        if device.type == "cpu":  # the gradient of a vocabulary has few rows that are not zero, and 47 MB of the others
+        if not self.on_gpu:  # the gradient of a vocabulary has few rows that are not zero, and 47 MB of the others
             for module in model.modules():
                 if isinstance(module, torch.nn.Embedding):
                     module.sparse = True
@@ -406,27 +418,28 @@ class Step:
 
     def gradients(self, k: int, batch: dict) -> torch.Tensor:
         """Adds d loss / d parameters of batch k to .grad, summed over ranks; returns the loss, a scalar."""
-        device, own = self.model.device, batch["own"]
+        device = self.model.device
         lengths = [self.model.pair_length(len(q), len(d))
                    for q, d in zip(batch["queries"], batch["documents"], strict=True)]
-        side_by_side = device.type == "cpu"
-        parts = micro_batches(lengths, self.max_tokens, torch.get_num_threads() if side_by_side else 1)
-        each = partial(in_threads, spare=True) if side_by_side else map
+        parts = micro_batches(lengths, self.max_tokens, 1 if self.on_gpu else torch.get_num_threads())
+        each = map if self.on_gpu else partial(in_threads, spare=True)
         seeds = [hash_of(self.args.seed, k, self.rank, m) for m in range(len(parts))]
+        if self.keep is None:
+            self.keep = max(self._room(), self.max_tokens)
         one_pass = len(parts) <= 1 or sum(lengths) <= self.keep
+        order = torch.tensor([i for part in parts for i in part], dtype=torch.int64)
+        place, targets, listed = to_device(device, batch["own"][order], batch["targets"], batch["lengths"])
         outs = self._agreed(
             lambda: list(each(lambda m: self._forward(batch, parts[m], seeds[m], one_pass), range(len(parts)))))
-        order = torch.tensor([i for part in parts for i in part], dtype=torch.int64)
         flat = torch.cat(outs) if outs else torch.zeros(0, device=device)
         leaf = flat.detach().requires_grad_()
         rows, width = batch["targets"].shape
-        scores = torch.zeros(rows * width, device=device).index_put((own[order].to(device),), leaf)
+        scores = torch.zeros(rows * width, device=device).index_put((place,), leaf)
         if self.world > 1:
             everyone = scores.detach().clone()
             dist.all_reduce(everyone)
             scores = scores + (everyone - scores.detach())
-        targets = batch["targets"].to(device, non_blocking=True)
-        loss = self.loss(scores.view(rows, width), targets, batch["lengths"].to(device, non_blocking=True))
+        loss = self.loss(scores.view(rows, width), targets, listed)
         loss.backward()
         shares = leaf.grad.split([len(part) for part in parts]) if parts else []
 
@@ -436,31 +449,63 @@ class Step:
             return torch.autograd.grad(out, self.parameters, shares[m], allow_unused=True)
 
         def add_up():
-            sums = [torch.zeros_like(p) for p in self.parameters]  # not later, between a micro-batch's buffers
+            sums = self._sums()  # not later, between a micro-batch's buffers
             for gradients in each(backward, range(len(parts))):  # added in order, whichever was computed first
-                for p, total, gradient in zip(self.parameters, sums, gradients, strict=True):
-                    if gradient is not None:
-                        if p.grad is None:
-                            p.grad = total
-                        p.grad.add_(gradient)
-                del gradients, gradient  # else they would lie beside those of the next micro-batch
+                self._add(sums, gradients)
+                del gradients  # else they would lie beside those of the next micro-batch
+            if self.world > 1:
+                for p, total in zip(self.parameters, sums, strict=True):
+                    p.grad = total
 
         self._agreed(add_up)
         if self.world > 1:
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            together = torch.cat([p.grad.flatten() for p in self.parameters])
-            dist.all_reduce(together)
-            for p, g in zip(self.parameters, together.split([p.numel() for p in self.parameters]), strict=True):
-                p.grad.copy_(g.view_as(p))
+            dist.all_reduce(self.flat)
         return loss.detach()
 
+    def _room(self) -> int:
+        """Tokens whose forward passes fit in the card's memory, beside the gradients and what AdamW still lacks."""
+        device = self.model.device
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        copies = 1 if self.optimizer and self.optimizer.state else 3
+        free -= 4 * copies * sum(p.numel() for p in self.parameters)
+        return max(int(0.8 * free), 0) // kept_bytes(self.model.model.config, getattr(torch, self.args.dtype))
+
+    def _sums(self) -> list:
+        """Where gradients are added up: zeros, in one buffer that is the same in every step. None on a single GPU,
+        where the first micro-batch's own tensors do."""
+        if self.on_gpu and self.world == 1:
+            return [None] * len(self.parameters)
+        if self.flat is None:
+            self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.model.device)
+        else:
+            self.flat.zero_()
+        parts = self.flat.split([p.numel() for p in self.parameters])
+        return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def _add(self, sums, gradients) -> None:
+        """Adds a micro-batch's gradients to .grad, which is the parameter's place in `sums` from its first one on."""
+        there, more = [], []
+        for p, total, gradient in zip(self.parameters, sums, gradients, strict=True):
+            if gradient is None:
+                continue
+            if p.grad is None:
+                p.grad = gradient.contiguous() if total is None else total
+                if total is None:
+                    continue
+            there.append(p.grad)
+            more.append(gradient)
+        if there:
+            torch._foreach_add_(there, more)
+
     def _agreed(self, work):
-        """work(); torch.OutOfMemoryError on every rank where it was raised on one, so that all repeat the step."""
+        """work(); torch.OutOfMemoryError on every rank where memory ran out on one, so that all repeat the step."""
         result = failure = None
         try:
             result = work()
-        except torch.OutOfMemoryError as e:
+        except RuntimeError as e:
+            if not out_of_memory(e):
+                raise
             failure = e
         if self.world > 1:
             votes = torch.tensor([int(failure is not None)])
@@ -469,13 +514,16 @@ class Step:
                 failure = torch.OutOfMemoryError("another rank is out of memory")
         if failure:
             try:
-                raise failure
+                if isinstance(failure, torch.OutOfMemoryError):
+                    raise failure
+                raise torch.OutOfMemoryError(str(failure)) from failure
             finally:
                 failure = None  # its traceback holds this frame: a cycle, in which the failed try's tensors would stay
         return result
 
-    def __call__(self, k: int, batch: dict) -> tuple[float, float]:
-        """Step k of the schedule (from 0); returns (loss, gradient norm). Raises BadInput where one is not finite."""
+    def __call__(self, k: int, batch: dict) -> list[tuple[float, float]]:
+        """Step k of the schedule (from 0). Returns (loss, gradient norm) of the steps that are finished and were not
+        returned yet: on a CPU this one, on a GPU the one before. Raises BadInput where one is not finite."""
         args = self.args
         lr = args.lr * min((k + 1) / max(args.warmup, 1), (args.steps - k) / max(args.steps - args.warmup, 1), 1.0)
         for group in self.optimizer.param_groups:
@@ -496,15 +544,44 @@ class Step:
             except torch.OutOfMemoryError:
                 raise BadInput(f"step {k + 1}: out of GPU memory with micro-batches of {self.max_tokens:,} tokens too; "
                                f"{checkpoint_kept(args.out)}. Begin anew with a lower --max-tokens") from None
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.clip)
-        loss, norm = torch.stack([loss, norm.to(loss.dtype)]).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            names = ", ".join(dict.fromkeys(batch["qids"]))
-            raise BadInput(f"step {k + 1}: loss {loss}, gradient norm {norm}; queries {names}. Training stopped, "
-                           f"{checkpoint_kept(args.out)}. Try a lower --lr, more --warmup or --dtype float32")
-        self.optimizer.step()
+        return self._update(k, batch["qids"], loss)
+
+    def _update(self, k, qids, loss) -> list[tuple[float, float]]:
+        """Clips the gradients and lets AdamW take them, but where the loss or their norm is not finite."""
+        if not self.on_gpu:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip)
+            self.unread.append((k, qids, to_host(torch.stack([loss, norm.to(loss.dtype)]))))
+            finished = self.flush()
+            self.optimizer.step()
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            figures = torch.stack([loss, norm])
+            torch._amp_foreach_non_finite_check_and_unscale_([figures], self.optimizer.found_inf, self.one)
+            self.optimizer.grad_scale = (norm / self.args.clip).clamp(min=1.0)  # AdamW divides by it
+            self.optimizer.step()
+            self.unread.append((k, qids, to_host(figures)))
+            finished = self.flush(but=1)
         self.optimizer.zero_grad()
-        return loss, norm
+        return finished
+
+    def flush(self, but: int = 0) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of the steps that were not returned yet, all but the last `but`; waits for them."""
+        finished = []
+        while len(self.unread) > but:
+            k, qids, figures = self.unread.popleft()
+            loss, norm = figures().tolist()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                names = ", ".join(dict.fromkeys(qids))
+                raise BadInput(f"step {k + 1}: loss {loss}, gradient norm {norm}; queries {names}. Training stopped, "
+                               f"{checkpoint_kept(self.args.out)}. Try a lower --lr, more --warmup or --dtype float32")
+            finished.append((loss, norm))
+        return finished
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out: torch's own error, or cuBLAS's and Triton's, which are known by their words alone."""
+    words = ("CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def checkpoint_kept(out: Path) -> str:
@@ -754,8 +831,8 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
     elif args.eval_dataset == ["nanobeir"]:
         args.eval_dataset = list(SUITES["nanobeir"]["NanoBEIR"].values())
     if args.dtype == "auto":
-        on_gpu = args.device != "cpu" and torch.cuda.is_available()
-        args.dtype = "bfloat16" if on_gpu and native_bf16("cuda") else "float32"  # on a CPU the same bits everywhere
+        has_gpu = args.device != "cpu" and torch.cuda.is_available()
+        args.dtype = "bfloat16" if has_gpu and native_bf16("cuda") else "float32"  # on a CPU the same bits everywhere
     if args.warmup > args.steps:
         raise BadInput(f"--warmup {args.warmup}: longer than --steps {args.steps}")
     return args
@@ -915,8 +992,8 @@ def train(args, rank: int, world: int) -> int:
             return 0
         if (last / "checkpoint.pt").is_file():
             state = torch.load(last / "checkpoint.pt", map_location="cpu", weights_only=True)
-    on_gpu = args.device != "cpu" and torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
+    has_gpu = args.device != "cpu" and torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu else "cpu"
     with rank_0_first():
         texts = Texts(args.dataset, split="train")
         model = load_backbone(args, texts).to(device)
@@ -986,17 +1063,22 @@ def train(args, rank: int, world: int) -> int:
             if isinstance(batch, BadInput):
                 raise batch
             waited += time.perf_counter() - begin
-            loss, norm = step(k, batch)
-            total += loss
+            done = k + 1
+            logs = done % every == 0 or done == args.steps
+            validates = bool(validation.sets) and (done % args.eval_every == 0 or done == args.steps)
+            finished = step(k, batch)
+            if logs or validates:
+                finished += step.flush()
+            total += sum(loss for loss, _ in finished)
             pairs += int(batch["lengths"].sum())
             tokens += sum(map(len, batch["queries"])) + sum(map(len, batch["documents"]))
-            done = k + 1
             bar.update()
-            if rank == 0 and (done % every == 0 or done == args.steps):
+            if rank == 0 and logs:
                 seconds = time.perf_counter() - mark
                 memory = (torch.cuda.max_memory_allocated() if model.device.type == "cuda"
                           else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
-                row = dict(step=done, loss=total / (done - since), lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+                row = dict(step=done, loss=total / (done - since), lr=optimizer.param_groups[0]["lr"],
+                           grad_norm=finished[-1][1],
                            pairs_per_second=pairs / seconds, tokens_per_second=tokens * world / seconds,
                            waiting=waited / seconds, memory_gib=memory)
                 log(**row)
@@ -1004,7 +1086,7 @@ def train(args, rank: int, world: int) -> int:
                     f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, {row['pairs_per_second']:,.0f} pairs/s, "
                     f"{row['tokens_per_second']:,.0f} tokens/s, waiting {row['waiting']:.0%}, {memory:.1f} GiB")
                 mark, waited, pairs, tokens, total, since = time.perf_counter(), 0.0, 0, 0, 0.0, done
-            if validation.sets and (done % args.eval_every == 0 or done == args.steps):
+            if validates:
                 measured(done)
                 mark, waited, pairs, tokens, total, since = time.perf_counter(), 0.0, 0, 0, 0.0, done
             halt = stop.signal
@@ -1013,6 +1095,7 @@ def train(args, rank: int, world: int) -> int:
                 dist.all_reduce(votes, dist.ReduceOp.MAX)
                 halt = int(votes)
             if done % args.save_every == 0 or done == args.steps or halt:
+                total += sum(loss for loss, _ in step.flush())  # nothing is saved that was not seen to be finite
                 checkpoint(done)
             if halt and done < args.steps:
                 bar.close()

@@ -449,7 +449,7 @@ def test_collapse_is_reported(place, capsys):
 
 
 def test_collapse_is_reported_in_the_log_and_the_closing_table(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(CrossEncoder, "score_tokens", lambda self, q, d, m=None: torch.full((len(q),), 0.25))
+    monkeypatch.setattr(CrossEncoder, "start", lambda self, q, d, m=None: lambda: torch.full((len(q),), 0.25))
     command(place, out=tmp_path / "flat", steps=2, **{"eval-every": 2})
     shown = capsys.readouterr()
     assert re.search(r"\| flat \(COLLAPSED: all scores equal\) +\|", shown.out) and "COLLAPSED" in shown.err
@@ -706,20 +706,57 @@ def test_several_processes_train_the_same_model(place, tmp_path, world):
     assert a["history"] == b["history"]
 
 
-def test_out_of_memory_on_one_rank_halves_the_budget_of_all(place, tmp_path):
-    """Rank 1 alone has no room for 70 tokens: both repeat the step, and the model is that of one process."""
+SHORT_OF_MEMORY = {  # what fails on rank 1 alone
+    "activations": """
+forward = CrossEncoder.forward
+def limited(self, packed):
+    if rank == "1" and self.training and sum(packed.lengths) > 70:
+        raise torch.OutOfMemoryError("full")
+    return forward(self, packed)
+CrossEncoder.forward = limited
+""",
+    "cuBLAS": """
+forward = CrossEncoder.forward
+def limited(self, packed):
+    if rank == "1" and self.training and sum(packed.lengths) > 70:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    return forward(self, packed)
+CrossEncoder.forward = limited
+""",
+    "the buffer of all gradients": """
+left = [1]
+def once(function, size):
+    def limited(*args, **kwargs):
+        if rank == "1" and left and size(args[0]) > 5000:
+            left.pop()
+            raise torch.OutOfMemoryError("full")
+        return function(*args, **kwargs)
+    return limited
+gradients = train.Step.gradients
+def inside(self, k, batch):
+    zeros, cat = torch.zeros, torch.cat
+    torch.zeros = once(zeros, lambda n: n if isinstance(n, int) else 0)
+    torch.cat = once(cat, lambda tensors: sum(t.numel() for t in tensors))
+    try:
+        return gradients(self, k, batch)
+    finally:
+        torch.zeros, torch.cat = zeros, cat
+train.Step.gradients = inside
+""",
+}
+
+
+@pytest.mark.parametrize("kind", SHORT_OF_MEMORY)
+def test_out_of_memory_on_one_rank_halves_the_budget_of_all(place, tmp_path, kind):
+    """Rank 1 alone has no room: both repeat the step, and the model is that of one process."""
     toy.model(tmp_path / "model", dropout=0.0)
     (tmp_path / "run.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
 from kernels.encoder import CrossEncoder
-forward = CrossEncoder.forward
-def limited(self, packed):
-    if os.environ["RANK"] == "1" and self.training and sum(packed.lengths) > 70:
-        raise torch.OutOfMemoryError("full")
-    return forward(self, packed)
-CrossEncoder.forward = limited
+rank = os.environ["RANK"]
+{SHORT_OF_MEMORY[kind]}
 sys.exit(train.guarded(train.main))
 """)
     extra = ["--backbone", tmp_path / "model", "--steps", 5, "--max-tokens", 100, "--batch-size", 6]
@@ -727,7 +764,10 @@ sys.exit(train.guarded(train.main))
     single = spawn(place, *extra, "--out", tmp_path / "1")
     several = spawn(place, *extra, "--out", tmp_path / "n", runner=runner, script=tmp_path / "run.py")
     for process in (single, several):
-        _, error = process.communicate(timeout=300)
+        try:
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
         assert process.returncode == 0, error[-2000:]
     assert error.count("micro-batches of 50 tokens from here on") == 1
     a, b = (torch.load(tmp_path / n / "last/checkpoint.pt")["model"] for n in "1n")
