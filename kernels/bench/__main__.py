@@ -9,6 +9,8 @@ NAMES = {
     "training": "a training step against sentence-transformers and padded Hugging Face",
     "deberta": "DeBERTa-v3 packed against Hugging Face padded",
     "scale": "rerank.py: its start, its cost and memory as the work grows, time without text to score",
+    "launches": "kernels that a training step launches, counted without a card",
+    "gpu": "all of it on a card, in one command: values, tests, speed and memory",
     "losses": "fused losses: bytes, launches, memory; time on a GPU",
     "aot": "registers, spills and shared memory of every kernel on sm_80, sm_90, sm_100 (no GPU needed)",
     "roofline": "the figures of kernels/ROOFLINE.md",

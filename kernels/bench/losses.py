@@ -1,6 +1,6 @@
 """The fused losses against their formulas in plain torch: bytes, launches, memory; times on a GPU.
 
-    python -m kernels.bench losses [--queries 16] [--list 100] [--dtype float32]
+    python -m kernels.bench losses [--queries 16] [--list 100] [--dtype float32] [--device auto]
 
 Bytes and launches are counted, not estimated: the kernels run in Triton's interpreter, which reports the bytes
 of every load and store they make (masked lanes move nothing; a second read of the same address counts again,
@@ -18,6 +18,8 @@ import sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from kernels.bench.clock import add_device_flag, device_of
 
 KINDS = {
     "bce": {},
@@ -177,25 +179,69 @@ def memory(device):
     return found
 
 
-def times(queries, columns, dtype):
-    """{loss: (kernel, plain torch)} milliseconds of loss and gradient on the GPU, medians from one run."""
-    from triton.testing import do_bench
-
+def sides(name, arguments, compiled=False):
+    """{side: loss and gradient of `arguments`}: the kernel, the formula in plain torch, and that
+    compiled."""
     from kernels import losses
+
+    formula = torch.compile(losses.LOSSES[name], dynamic=True) if compiled else None
+
+    def run(kernels, function=losses.LOSSES[name]):
+        scores, targets, lengths = arguments
+        losses._kernels = kernels
+        try:
+            loss = function(scores, targets, lengths, **KINDS[name])
+            return loss, *torch.autograd.grad(loss, scores)
+        finally:
+            losses._kernels = None
+
+    found = {"kernel": lambda: run(True), "plain torch": lambda: run(False)}
+    if compiled:
+        found["torch.compile"] = lambda: run(False, formula)
+    return found
+
+
+def times(queries, columns, dtype):
+    """{loss: (kernel, plain torch)} milliseconds of loss and gradient on the GPU, medians."""
+    from triton.testing import do_bench
 
     found = {}
     for name in KINDS:
-        arguments = inputs(queries, columns, getattr(torch, dtype), "cuda")
-        both = []
-        for losses._kernels in (True, False):
-            both.append(do_bench(lambda n=name, a=arguments: step(n, *a), return_mode="median"))
-        found[name] = both
-    losses._kernels = None
+        both = sides(name, inputs(queries, columns, getattr(torch, dtype), "cuda")).values()
+        found[name] = [do_bench(run, return_mode="median") for run in both]
     return found
 
 
 def kib(number):
     return f"{number / 1024:,.1f}" if number < 2**20 else f"{number / 1024:,.0f}"
+
+
+def counted(argv):
+    """count()'s result from a process of its own, None where it fails, after saying why.
+
+    The interpreter is chosen when a kernel is decorated: here a GPU's kernels stay real.
+    """
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "kernels.bench", "losses", "--counts", *argv]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if child.returncode:
+        reason = child.stderr.strip().splitlines()[-1]
+        print(f"Launches and bytes were not counted, since Triton's interpreter failed: {reason}")
+        return None
+    return json.loads(child.stdout)
+
+
+def print_counts(counts, queries, columns, dtype):
+    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    # scores and targets read, the gradient written, lengths
+    least = queries * (columns * (2 * size + 4) + 8)
+    print(f"Least possible: {kib(least)} KiB (scores, targets and lengths read once, the gradient "
+          "written once).\n")
+    print("| loss | launches: kernel | plain torch | KiB moved: kernel | of the least "
+          "| plain torch | of the least |\n|---|---|---|---|---|---|---|")
+    for name, ((k_launches, k_bytes), (t_launches, t_bytes)) in counts.items():
+        ratios = [kib(k_bytes), f"{k_bytes / least:.2f}", kib(t_bytes), f"{t_bytes / least:.1f}"]
+        print(f"| {name} | {k_launches} | {t_launches} | " + " | ".join(ratios) + " |")
 
 
 def main(argv):
@@ -205,46 +251,26 @@ def main(argv):
     parser.add_argument("--queries", type=int, default=16)
     parser.add_argument("--list", type=int, default=100)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_device_flag(parser)
     parser.add_argument(
         "--counts", action="store_true", help=argparse.SUPPRESS
     )  # the interpreted half, as JSON
     args = parser.parse_args(argv)
     shape = args.queries, args.list, args.dtype
     if args.counts:
-        print(json.dumps([count(*shape), memory("cpu")]))
+        print(json.dumps(count(*shape)))
         return 0
 
-    # The interpreter is chosen when a kernel is decorated: a process of its own, so that a GPU's kernels stay real.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "kernels.bench", "losses", "--counts", *argv]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if child.returncode:
-        sys.stderr.write(child.stderr)
-        return 1
-    counts, peaks = json.loads(child.stdout)
-    size = torch.empty(0, dtype=getattr(torch, args.dtype)).element_size()
-    least = args.queries * (
-        args.list * (2 * size + 4) + 8
-    )  # scores and targets read, the gradient written, lengths
-    print(
-        f"{args.queries} queries of {args.list} documents, {args.dtype} scores, fp32 targets; loss and gradient."
-    )
-    print(
-        f"Least possible: {kib(least)} KiB (scores, targets and lengths read once, the gradient written once).\n"
-    )
-    print(
-        "| loss | launches: kernel | plain torch | KiB moved: kernel | of the least | plain torch | of the least |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for name, ((k_launches, k_bytes), (t_launches, t_bytes)) in counts.items():
-        ratios = f"{kib(k_bytes)} | {k_bytes / least:.2f} | {kib(t_bytes)} | {t_bytes / least:.1f}"
-        print(f"| {name} | {k_launches} | {t_launches} | {ratios} |")
+    print(f"{args.queries} queries of {args.list} documents, {args.dtype} scores, fp32 targets; "
+          "loss and gradient.")
+    counts = counted(argv)
+    if counts:
+        print_counts(counts, *shape)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    peaks = memory("cuda") if device == "cuda" else peaks
+    device = device_of(args.device).type
     print(f"\nPeak extra memory of one query in KiB, fp32, measured on {device}: kernel / plain torch.\n")
     print("| loss | " + " | ".join(f"list {n:,}" for n in SIZES) + " |\n|---|" + "---|" * len(SIZES))
-    for name, row in peaks.items():
+    for name, row in memory(device).items():
         print(f"| {name} | " + " | ".join(f"{kib(kernel)} / {kib(plain)}" for kernel, plain in row) + " |")
 
     if device == "cpu":

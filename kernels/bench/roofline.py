@@ -35,7 +35,9 @@ def config_of(config):
     sizes = dict(hidden=config.hidden_size, layers=config.num_hidden_layers, intermediate=config.intermediate_size,
                  heads=config.num_attention_heads, vocab=config.vocab_size)  # fmt: skip
     if config.model_type == "modernbert":
-        sizes |= dict(gated=True, window=config.local_attention // 2, global_every=config.global_attn_every_n_layers,
+        # not config.global_attn_every_n_layers: a config made without it lacks the attribute
+        everywhere = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
+        sizes |= dict(gated=True, window=config.local_attention // 2, global_layers=everywhere,
                       mean_pooled=config.classifier_pooling == "mean")  # fmt: skip
     if config.model_type == "deberta-v2":
         buckets = config.position_buckets if config.position_buckets > 0 else config.max_position_embeddings
@@ -47,8 +49,9 @@ def flops_per_step(config, lengths, train=True, cls_only=True):
     """Floating-point operations (2 per multiply-add) of a step over packed pairs of `lengths` tokens: matrix
     products only.
 
-    config: mapping with hidden h, layers, intermediate i, and optionally gated, window w, global_every,
-    slots, mean_pooled (`config_of`). Per token and layer: 8 h^2 for q, k, v and output, 4 h i (6 h i gated)
+    config: mapping with hidden h, layers, intermediate i, and optionally gated, window w and the
+    layers without it (global_every, or a list, global_layers), slots, mean_pooled (`config_of`).
+    Per token and layer: 8 h^2 for q, k, v and output, 4 h i (6 h i gated)
     for the feed-forward, 4 h slots for DeBERTa's two tables; per query row 4 h times its keys for attention.
     cls_only: the last layer runs its queries, output and feed-forward on one row per pair (not where the head
     is mean_pooled). The head: 2 h^2 per pair. train: three times the forward (gradients of inputs and of
@@ -63,9 +66,11 @@ def _parts(config, lengths, train, cls_only):
     feed_forward = (6 if config.get("gated") else 4) * h * i
     cls_only = cls_only and not config.get("mean_pooled")
     parts = dict(products=2 * h * h * len(lengths), attention=0, tables=0)
+    every = range(0, config["layers"], config.get("global_every", 1))
+    everywhere = config.get("global_layers", every)
     for layer in range(config["layers"]):
         on_cls = cls_only and layer == config["layers"] - 1
-        window = config.get("window") if layer % config.get("global_every", 1) else None
+        window = None if layer in everywhere else config.get("window")
         for n, pairs in _counts(lengths):
             rows = 1 if on_cls else n
             keys = n if on_cls else _pairs_within(n, window)  # (query, key) pairs

@@ -1,0 +1,200 @@
+"""`python -m kernels.bench gpu` in its tiny form, and what it stands on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels.bench import clock, gpu, losses, roofline, shapes, values
+from kernels.bench.section import Section, card_totals
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}")
+
+sys.meta_path.insert(0, Absent())
+"""
+FAULT = """
+import os, signal, sys
+if "--section" in sys.orig_argv and "attention" in sys.orig_argv:
+    os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+def run(folder, before, *argv):
+    """A process of Python that runs `before` at its start, and so do those it starts."""
+    (folder / "sitecustomize.py").write_text(before)
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+
+
+@pytest.fixture
+def section(tmp_path):
+    """One that has time, on one thread: on small shapes several wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Section(True, 1e12, tmp_path / "found.json")
+    torch.set_num_threads(threads)
+
+
+def test_sections_are_written_down_and_a_fault_costs_its_own_alone(tmp_path):
+    names = ["values", "attention", "losses"]
+    command = ["-m", "kernels.bench", "gpu", "--tiny", "--out", str(tmp_path), "--only", *names]
+    done = run(tmp_path, FAULT, *command)
+    assert done.returncode == 1, done.stderr  # for the fault
+    result = json.loads((tmp_path / "gpu-tiny.json").read_text())
+    assert list(result["sections"]) == names and result["machine"]["torch"] == torch.__version__
+    checked, attention, timed = result["sections"].values()
+
+    rows = checked["tables"]["Relative errors against float64"]
+    kinds = {row["what"].split()[0].strip(",") for row in rows}
+    assert kinds == {"loss", "attention", "add_norm", "rotary", "geglu"} and len(rows) == 20
+    assert all(0 <= row[error] < 1e-5 for row in rows for error in ("outputs", "gradients"))
+    assert not checked["errors"]
+
+    ending = "the process ended with status -11"
+    assert attention["errors"] == [{"what": "attention", "error": ending}]
+    rows = timed["tables"]["Losses with gradient"]
+    assert len(rows) == 14 and all(row["us"] > 0 for row in rows) and not timed["errors"]
+
+    text = (tmp_path / "gpu-tiny.md").read_text()
+    assert f"- attention: {ending}" in text and "| loss | lists | side | us |" in text
+    assert all(f"\n## {name}\n" in text for name in names)
+
+
+def test_a_training_step_of_every_side(section, tmp_path):
+    """All begin with the same loss, dropout apart."""
+    shapes.train(section, "MiniLM-L12", 16, str(tmp_path))
+    rows = json.loads(section.into.read_text())["tables"]["Training step"]
+    sides = ["ours", "ours, attention by Triton", "ours, from text", "Hugging Face padded"]
+    assert [row["side"] for row in rows[:4]] == sides and "sentence-transf" in rows[4]["side"]
+    assert all(abs(row["first loss"] - rows[0]["first loss"]) < 0.05 for row in rows)
+    assert all(row["ms"] > 0 and row["MFU"] > 0 for row in rows) and not section.found["errors"]
+
+
+def test_scoring_and_a_side_that_is_absent(section, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    texts = shapes.scoring.random_pairs(12)
+    shapes.score_by(section, "ModernBERT-base", texts, str(tmp_path))
+    rows = section.found["tables"]["Scoring"]
+    sides = [row["side"].split(",")[0] for row in rows]
+    assert sides == ["ours", "ours", "Hugging Face padded", "ours"]
+    assert all(row["differs from ours by"] < 1e-5 and row["pairs/s"] > 0 for row in rows)
+    errors = section.found["errors"]
+    assert errors and all("sentence_transformers" in error["error"] for error in errors)
+
+
+def test_one_list_in_one_pass_and_in_two(section):
+    for two_passes in (False, True):
+        shapes.one_list(section, "BERT-base", 6, two_passes)
+    first, second = section.found["tables"]["One list"]
+    assert first["tokens"] == second["tokens"] == 6 * 91
+    assert first["keep"] > 0 and second["keep"] == 0
+
+
+def test_a_section_beyond_its_time_is_ended():
+    found = gpu.result_of("tests", True, 1.0)
+    assert [error["error"] for error in found["errors"]] == ["ended after its 1 s"]
+
+
+def test_nothing_begins_when_the_time_is_up(section):
+    section.until = 0.0
+    with pytest.raises(SystemExit), section.tolerates("a", "b"):
+        raise AssertionError("begun")
+    found = json.loads(section.into.read_text())
+    assert found["errors"] == [{"what": "a, b", "error": "no time was left"}]
+
+
+def test_a_lost_card_ends_the_section(section):
+    with section.tolerates("one"):
+        raise ValueError("of its own")
+    with pytest.raises(SystemExit), section.tolerates("two"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert [error["what"] for error in section.found["errors"]] == ["one", "two"]
+
+
+def test_a_value_out_of_bounds_is_an_error(section):
+    leaf = torch.randn(5)
+    values.compare(section, "right", torch.float32, torch.sin, torch.sin, [leaf])
+    values.compare(section, "wrong", torch.float32, torch.sin, torch.cos, [leaf])
+    values.compare(section, "no number", torch.float32, lambda x: x * torch.nan, torch.cos, [leaf])
+    errors = [error["what"] for error in section.found["errors"]]
+    assert errors == ["wrong, float32", "no number, float32"]
+
+
+def test_without_a_card_the_command_asks_for_tiny(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "--tiny" in capsys.readouterr().err
+
+
+def test_the_clock_waits_for_a_card_on_both_sides(monkeypatch):
+    """And counts its peak beyond what was there. A card is told by its device's type alone."""
+    done, bytes_now = [], {"memory_allocated": 2**30, "max_memory_allocated": 3 * 2**30}
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda _, name=name: done.append(name))
+    for name, count in bytes_now.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, count=count: count)
+    timing = clock.timed(lambda: done.append("run"), torch.device("cuda"), calls=2)
+    assert done == ["synchronize", "reset_peak_memory_stats", "run", "run", "synchronize"]
+    assert timing.gib == 2.0 and 0 <= timing.host
+
+
+def test_times_of_a_card_by_kernel():
+    def event(name, start, end, device="CUDA", note=False):
+        return SimpleNamespace(name=name, device_type=getattr(torch.autograd.DeviceType, device),
+                               is_user_annotation=note,
+                               time_range=SimpleNamespace(start=start, end=end))  # fmt: skip
+
+    events = [event("a", 0, 10), event("b", 10, 50), event("a", 50, 70), event("a", 0, 99, "CPU"),
+              event("step", 0, 60, note=True)]  # fmt: skip
+    totals = card_totals(events, calls=2)
+    assert list(totals) == ["b", "a"]
+    assert totals["a"] == pytest.approx((15e-6, 1.0)) and totals["b"] == pytest.approx((20e-6, 0.5))
+
+
+def test_losses_goes_on_where_the_interpreter_fails(monkeypatch, capsys):
+    failed = SimpleNamespace(returncode=1, stderr="Traceback\nTypeError: only 0-dimensional\n")
+    monkeypatch.setattr(losses.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(losses, "SIZES", (10,))
+    assert losses.main(["--queries", "1", "--list", "4", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "not counted, since Triton's interpreter failed: TypeError: only" in printed
+    assert "| kl |" in printed and "times are not measured" in printed
+
+
+def test_global_layers_of_a_config_that_does_not_say_every_how_many():
+    import transformers
+
+    config = transformers.ModernBertConfig(classifier_pooling="mean")
+    lengths = [90, 300]
+    by_list = roofline.flops_per_step(roofline.config_of(config), lengths)
+    assert by_list == roofline.flops_per_step(roofline.MODELS["modernbert"], lengths)
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    assert roofline.flops_per_step(roofline.config_of(config), lengths) > by_list
+
+
+def test_train_and_rerank_import_without_what_a_card_lacks(tmp_path):
+    lacks = {"pytrec_eval", "ir_datasets", "bm25s", "Stemmer"}
+    script = """
+import train, rerank, evaluate
+train.parse(["--backbone", "minilm", "--loss", "infonce"])
+try:
+    evaluate.evaluate({"q": {"d": 1}}, {"q": {"d": 1.0}})
+except ModuleNotFoundError as e:
+    print(e)
+"""
+    done = run(tmp_path, BLOCK.format(names=lacks), "-c", script)
+    assert done.stdout.strip() == "No module named 'pytrec_eval'", done.stderr
