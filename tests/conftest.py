@@ -14,6 +14,17 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():  # read by triton when a kernel is decorated: it must be set before the first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    import triton
+    from triton.runtime import interpreter
+
+    if triton.__version__.startswith("3.6"):  # its interpreter takes int() of one-element arrays: not with numpy 2.4
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def with_index(tensor, scope):
+            patch_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = with_index
 
 
 @pytest.fixture(scope="session")
