@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.parametrize("what, code", [
     ("kernels/losses.py", "import torch, losses; print(losses.infonce(torch.zeros(1, 4), torch.eye(4)[:1]).item())"),
-    ("kernels", "import torch; from kernels import encoder, flash, losses, pydocs, tiny; "
+    ("kernels", "import torch; from kernels import encoder, flash, fused, losses, pydocs, tiny; "
      "print(losses.infonce(torch.zeros(1, 4), torch.eye(4)[:1]).item())"),
     ("evaluate.py", "import evaluate; print(evaluate.evaluate({'q': {'a': 1}}, {'q': {'b': 2.0, 'a': 1.0}}, "
      "['RR@10'])['q']['RR@10'])"),

@@ -18,7 +18,7 @@ from test_encoder import build, padded_logits, random_sides
 import kernels.encoder as encoders
 import train
 from evaluate import BadInput
-from kernels import attention, fused
+from kernels import attention, fused, layers
 from kernels.attention import dropout_from, next_draw
 from kernels.linears import Narrow
 
@@ -37,14 +37,14 @@ def gpu_path(monkeypatch):
 @pytest.fixture
 def attention_of_a_cpu(monkeypatch):
     """The interpreter is slow with products of bf16, and wrong in Triton 3.9."""
-    runs = encoders.varlen_attention
+    runs = layers.varlen_attention
 
     def by_runs(*args, **kwargs):
         with monkeypatch.context() as patch:
             patch.setattr(attention, "_gpu_path", None)
             return runs(*args, **kwargs)
 
-    monkeypatch.setattr(encoders, "varlen_attention", by_runs)
+    monkeypatch.setattr(layers, "varlen_attention", by_runs)
 
 
 def gradients(encoder, logits):
@@ -85,7 +85,7 @@ def formulas(monkeypatch):
     def rotary(x, cos, sin, positions, *, parts):
         with monkeypatch.context() as patch:
             patch.setattr(attention, "_gpu_path", None)
-            return encoders.turned(x, (cos, sin, positions), parts)
+            return layers.turned(x, (cos, sin, positions), parts)
 
     def geglu(x):
         inner, gate = x.float().chunk(2, -1)
@@ -113,6 +113,7 @@ def test_bf16_is_no_further_from_fp32_than_autocast(name, monkeypatch, attention
         with torch.autocast("cpu", torch.bfloat16):
             logits = encoder(packed)
         found = gradients(encoder, logits)
+        logits, exact = logits.detach(), exact.detach()
         difference = torch.cat([(found[n] - g).flatten() for n, g in wanted.items()])
         size = torch.cat([g.flatten() for g in wanted.values()])
         return float((logits - exact).norm() / exact.norm()), float(difference.norm() / size.norm())
@@ -346,7 +347,7 @@ def test_tables_are_made_once():
         encoder.score_tokens(*sides)  # in inference mode, whose tensors no backward pass could save
         encoder.train()
         encoder(encoder.pack(*sides)).sum().backward()
-    assert encoders.distance_slots(9, 256, 512, CPU)[2] is encoders.distance_slots(9, 256, 512, CPU)[2]
+    assert layers.distance_slots(9, 256, 512, CPU)[2] is layers.distance_slots(9, 256, 512, CPU)[2]
     kinds = set(modern.model.config.layer_types)
     assert {kind for kind, _ in modern._ropes} == kinds
     for kind in kinds:
@@ -358,17 +359,17 @@ def test_tables_are_made_once():
 def test_the_groups_of_products():
     """Queries, keys and values as one; in the last layer of a [CLS] head the queries by themselves."""
     encoder = build("deberta-own-keys")
-    layers = encoder.body.encoder.layer
+    blocks = encoder.body.encoder.layer
     for on_cls in (True, False):
-        groups = encoders.product_groups(encoder.body, on_cls)
-        linears = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+        groups = layers.product_groups(encoder.body, on_cls)
+        linears = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
         assert sorted(map(id, linears)) == sorted(id(m) for group in groups for m in group)
-        for layer in layers:
-            own = layer.attention.self
+        for block in blocks:
+            own = block.attention.self
             q, k, v = own.query_proj, own.key_proj, own.value_proj
-            alone = on_cls and layer is layers[-1]
+            alone = on_cls and block is blocks[-1]
             assert ((q, k, v) in groups) != alone and ((q,) in groups and (k, v) in groups) == alone
-            assert (own.pos_key_proj,) in groups and (layer.output.dense,) in groups
+            assert (own.pos_key_proj,) in groups and (block.output.dense,) in groups
 
 
 # ------------------------------------------------------------------------------------ launches
