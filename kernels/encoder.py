@@ -82,7 +82,7 @@ class Packed:
         if device.type != "cuda":
             return replace(self, **{name: t.to(device) for name, t in zip(fields, hosts, strict=True)})
         together, places = one_buffer(hosts)
-        there = together.pin_memory().to(device, non_blocking=True)
+        (there,) = to_device(device, together)
         return replace(self, **{name: there[place] for name, place in zip(fields, places, strict=True)})
 
 

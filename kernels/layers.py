@@ -33,12 +33,7 @@ class Stream(NamedTuple):
 def bert_layer(layer, x, batch, project, rows=None):
     """BERT, MiniLM, RoBERTa, ELECTRA (post-norm). x a Stream [tokens, hidden] -> [rows, hidden]."""
     attention = layer.attention.self
-    if rows is None:
-        q, k, v = project(x.narrow, attention.query, attention.key, attention.value)
-    else:
-        k, v = project(x.narrow, attention.key, attention.value)
-        x = x.take(rows)
-        q = project(x.narrow, attention.query)
+    q, k, v, x = attention_inputs(x, project, attention.query, attention.key, attention.value, rows)
     context = attend(q, k, v, batch, attention.attention_head_size, attention.dropout, rows)
     return post_norm_block(layer, x, context, project)
 
@@ -46,17 +41,22 @@ def bert_layer(layer, x, batch, project, rows=None):
 def deberta_layer(layer, x, batch, project, relative, lut, rows=None):
     """DeBERTa-v2 and v3: disentangled attention. relative [slots, hidden]: distance embeddings."""
     attention = layer.attention.self
-    if rows is None:
-        q, k, v = project(x.narrow, attention.query_proj, attention.key_proj, attention.value_proj)
-    else:
-        k, v = project(x.narrow, attention.key_proj, attention.value_proj)
-        x = x.take(rows)
-        q = project(x.narrow, attention.query_proj)
+    own = attention.query_proj, attention.key_proj, attention.value_proj
+    q, k, v, x = attention_inputs(x, project, *own, rows)
     dim, kinds = attention.attention_head_size, attention.pos_att_type
     pos_query, pos_key = distance_tables(attention, attention.pos_dropout(relative), project)
     context = attend(q, k, v, batch, dim, attention.dropout, rows, bias=DisentangledBias(pos_key, pos_query, lut),
                      scale=(dim * (1 + len(set(kinds) & {"c2p", "p2c"}))) ** -0.5)
     return post_norm_block(layer, x, context, project)
+
+
+def attention_inputs(x, project, query, key, value, rows):
+    """q of the rows, k and v of all tokens; and the rows of x themselves, which the layer goes on with."""
+    if rows is None:
+        return *project(x.narrow, query, key, value), x
+    k, v = project(x.narrow, key, value)
+    x = x.take(rows)
+    return project(x.narrow, query), k, v, x
 
 
 def distance_tables(attention, relative, project):

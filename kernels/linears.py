@@ -117,7 +117,7 @@ class Narrow:
 
     def __init__(self, groups, dtype):
         self.dtype, self.version = dtype, None
-        self.sources, self.copies, self.parts = [], [], []
+        self.sources, self.copies, self.parts, self.sizes = [], [], [], []
         self.place = {}  # linear -> (weight and bias of its group, by number of copy; sizes), its place
         for group in groups:
             weight = self._join([linear.weight for linear in group])
@@ -130,7 +130,8 @@ class Narrow:
     def _join(self, sources) -> int:
         with torch.inference_mode(False), torch.no_grad():  # made while scoring, it serves training too
             joined = torch.cat(sources).to(self.dtype)
-            self.parts += joined.split([len(p) for p in sources])
+            self.sizes.append([len(p) for p in sources])
+            self.parts += joined.split(self.sizes[-1])
         self.copies.append(joined)
         self.sources += sources
         return len(self.copies) - 1
@@ -168,13 +169,9 @@ class Narrow:
 
     def widened(self, gradients):
         """Gradients of the copies (None where unused) -> of the sources, fp32, slices of one buffer."""
-        parts, at = [], 0
-        for copy, gradient in zip(self.copies, gradients, strict=True):
-            rows = 0
-            while rows < len(copy):
-                size = len(self.sources[at])
-                parts.append(None if gradient is None else gradient[rows : rows + size])
-                rows, at = rows + size, at + 1
+        parts = []
+        for sizes, gradient in zip(self.sizes, gradients, strict=True):
+            parts += [None] * len(sizes) if gradient is None else gradient.split(sizes)
         used = [i for i, part in enumerate(parts) if part is not None]
         wide = torch.empty(sum(parts[i].numel() for i in used), device=self.copies[0].device)
         slices = wide.split([parts[i].numel() for i in used])

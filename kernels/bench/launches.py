@@ -15,10 +15,8 @@ A count is not a time: gpu.md says what a launch costs, `python -m kernels.bench
 import argparse
 import contextlib
 from collections import Counter
-from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -28,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels.encoder as encoders
 import train
 from kernels import attention, losses
-from kernels.bench.scoring import DEBERTA_V3_BASE, word_tokenizer
+from kernels.bench.memory import list_step
+from kernels.bench.scoring import DEBERTA_V3_BASE, fused_adamw, word_tokenizer
 
 MODELS = {  # by train.py's names
     "minilm": transformers.BertConfig(hidden_size=384, intermediate_size=1536, num_labels=1),
@@ -47,10 +46,7 @@ KERNELS = {  # of one call, where it is not one
     "index_put_": 9,
     "_index_put_impl_": 9,
     "index_put": 2,
-    "clone": 1,
     "linalg_vector_norm": 2,
-    "segment_reduce": 1,
-    "_amp_foreach_non_finite_check_and_unscale_": 1,
 }
 KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm", "linear"),
@@ -93,11 +89,11 @@ class Launches(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
         if func.namespace == "aten" and not func.is_view and name not in FREE:
-            self.found[name] += self._kernels(name, args, kwargs or {})
+            self.found[name] += self._kernels(name, args)
         return result
 
     @staticmethod
-    def _kernels(name, args, kwargs) -> int:
+    def _kernels(name, args) -> int:
         lists = [a for a in args if isinstance(a, (list, tuple)) and a and torch.is_tensor(a[0])]
         if name == "_foreach_norm":
             return list_launches(lists[:1]) + 2
@@ -170,35 +166,21 @@ def as_on_a_card():
         yield
 
 
-def pairs():
-    """Token ids of one list's queries and documents."""
-    rng = np.random.default_rng(0)
-    query = np.arange(4, 10, dtype=np.int32)
-    documents = [rng.integers(4, 5000, n).astype(np.int32) for n in rng.integers(20, 40, DOCUMENTS)]
-    return [query] * DOCUMENTS, documents
-
-
 def our_step(model):
-    """-> run(), train.py's step in bf16; the encoder; its packed batch."""
+    """-> run(), train.py's step in bf16 over one list; the encoder; its packed batch."""
     encoder = encoders.CrossEncoder(model, word_tokenizer()).train()
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    args = SimpleNamespace(max_tokens=None, dtype="bfloat16", seed=1, lr=1e-5, warmup=0, steps=10**6,
-                           clip=1.0)  # fmt: skip
-    step = train.Step(encoder, "infonce", optimizer, args, 0, 1)
+    step, batch = list_step(encoder, DOCUMENTS, "bfloat16", fused_adamw(encoder))
     step.keep = 10**6
-    queries, documents = pairs()
-    batch = {"qids": ["q"], "own": torch.arange(DOCUMENTS), "queries": queries, "documents": documents,
-             "lengths": torch.tensor([DOCUMENTS]), "targets": torch.ones(1, DOCUMENTS)}  # fmt: skip
-    return (lambda: step(1, batch)), encoder, encoder.pack(queries, documents)
+    return (lambda: step(1, batch)), encoder, encoder.pack(batch["queries"], batch["documents"])
 
 
 def padded_step(model):
-    """-> run(), the loop over Hugging Face's forward of one padded batch of the same pairs."""
+    """-> run(), the loop over Hugging Face's forward of one padded batch."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    lengths = [len(q) + len(d) + 3 for q, d in zip(*pairs(), strict=True)]
-    ids = torch.zeros(DOCUMENTS, max(lengths), dtype=torch.int64)
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    optimizer = fused_adamw(model)
+    lengths = torch.arange(30, 30 + DOCUMENTS)
+    ids = torch.zeros(DOCUMENTS, int(lengths.max()), dtype=torch.int64)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     positives = torch.zeros(1, dtype=torch.int64)
 
     def run():
