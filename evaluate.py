@@ -12,20 +12,26 @@ RR@k cuts at k first. Works copied alone; only `pydocs` and the texts of --diff 
 
 import argparse
 import csv
+import errno
 import io
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; guarded() takes over
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)  # of a disk or quota
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "AP")
 ALPHA = 0.05
 
@@ -936,6 +942,36 @@ def picture(judge, table, args):
 # ------------------------------------------------------------------------------------------------ command line
 
 
+def guarded(main):
+    """Runs a script's main: bad input ends with one line on stderr and exit code 2, what is interrupted with 130."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who read the results has seen enough (head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    except OSError as e:
+        if not e.filename and e.errno not in FULL:
+            raise
+        hint = "; free some space and give the same command again: it goes on from what is written"
+        why = f"{e.filename or 'cannot write'}: {e.strerror}{hint * (e.errno in FULL)}"
+    except ValueError as e:
+        encoder = sys.modules.get("kernels.encoder")  # --help and usage errors need no torch
+        if not isinstance(e, (BadInput, encoder.ModelError if encoder else BadInput)):
+            raise
+        why = e
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)  # torchrun ends all ranks when rank 0 has failed: what it said too is not said again
+    print(f"error: {why}", file=sys.stderr)
+    return 2
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are BadInput: one line, as for every other bad input."""
 
@@ -1040,48 +1076,44 @@ def report(judge, columns, title, args):
 
 
 def main(argv=None):
-    try:
-        args = parse_args(argv)
-        if args.diff:
-            print_differences(args, load_qrels(args.dataset) if args.dataset else read_qrels(args.qrels))
-            return 0
-        if args.suite:
-            judge = judge_suite(args.suite, args.folder, args.qrels, args.measures)
-            groups = SUITES[args.suite]
-            if args.per_dataset:
-                groups = {name: {name: dataset} for group in groups.values() for name, dataset in group.items()}
-            tables = {m: {c: [(d, m) for d in group.values()] for c, group in groups.items()} for m in args.measures}
-        else:
-            if args.baseline and os.path.isfile(args.baseline) and args.baseline not in args.runs:
-                args.runs.insert(0, args.baseline)
-            judge, name = Judge(args.measures), args.dataset or args.qrels
-            qrels = load_qrels(name) if args.dataset else read_qrels(name)
-            judge.add(name, qrels, grouped(args.runs), args.dataset)
-            judge.notes.insert(0, f"{name}: {len(judge.queries[name]):,} queries.")
-            tables = {"run": {measure_for(m, args.dataset): [(name, m)] for m in args.measures}}
-        done = [report(judge, columns, title, args) for title, columns in tables.items()]
-        files = {args.plot: picture(judge, done[0][0], args)} if args.plot else {}
-        if args.per_query:
-            lines = ["run\tdataset\tquery\tmeasure\tvalue"]
-            for n, by_dataset in judge.values.items():
-                for d, by_measure in by_dataset.items():
-                    for m, values in by_measure.items():
-                        start = f"{n}\t{d}\t"
-                        pairs = zip(judge.queries[d], values.tolist(), strict=True)
-                        shown = m if args.qrels and not args.suite else measure_for(m, d)
-                        lines += [f"{start}{q}\t{shown}\t{value!r}" for q, value in pairs]
-            files[args.per_query] = ("\n".join(lines) + "\n").encode()
-        for path, content in files.items():
-            if path != "-":
-                Path(f"{path}.tmp").write_bytes(content)  # renamed when whole: no reader meets half a file
-                os.replace(f"{path}.tmp", path)
-        texts = [text for _, text in done]
-        if args.format == "json" and len(texts) > 1:
-            texts = ["[" + ",\n".join(texts) + "]"]
-        print(files["-"].decode().rstrip("\n") if "-" in files else "\n\n".join(texts))
-    except (BadInput, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    args = parse_args(argv)
+    if args.diff:
+        print_differences(args, load_qrels(args.dataset) if args.dataset else read_qrels(args.qrels))
+        return 0
+    if args.suite:
+        judge = judge_suite(args.suite, args.folder, args.qrels, args.measures)
+        groups = SUITES[args.suite]
+        if args.per_dataset:
+            groups = {name: {name: dataset} for group in groups.values() for name, dataset in group.items()}
+        tables = {m: {c: [(d, m) for d in group.values()] for c, group in groups.items()} for m in args.measures}
+    else:
+        if args.baseline and os.path.isfile(args.baseline) and args.baseline not in args.runs:
+            args.runs.insert(0, args.baseline)
+        judge, name = Judge(args.measures), args.dataset or args.qrels
+        qrels = load_qrels(name) if args.dataset else read_qrels(name)
+        judge.add(name, qrels, grouped(args.runs), args.dataset)
+        judge.notes.insert(0, f"{name}: {len(judge.queries[name]):,} queries.")
+        tables = {"run": {measure_for(m, args.dataset): [(name, m)] for m in args.measures}}
+    done = [report(judge, columns, title, args) for title, columns in tables.items()]
+    files = {args.plot: picture(judge, done[0][0], args)} if args.plot else {}
+    if args.per_query:
+        lines = ["run\tdataset\tquery\tmeasure\tvalue"]
+        for n, by_dataset in judge.values.items():
+            for d, by_measure in by_dataset.items():
+                for m, values in by_measure.items():
+                    start = f"{n}\t{d}\t"
+                    pairs = zip(judge.queries[d], values.tolist(), strict=True)
+                    shown = m if args.qrels and not args.suite else measure_for(m, d)
+                    lines += [f"{start}{q}\t{shown}\t{value!r}" for q, value in pairs]
+        files[args.per_query] = ("\n".join(lines) + "\n").encode()
+    for path, content in files.items():
+        if path != "-":
+            Path(f"{path}.tmp").write_bytes(content)  # renamed when whole: no reader meets half a file
+            os.replace(f"{path}.tmp", path)
+    texts = [text for _, text in done]
+    if args.format == "json" and len(texts) > 1:
+        texts = ["[" + ",\n".join(texts) + "]"]
+    print(files["-"].decode().rstrip("\n") if "-" in files else "\n\n".join(texts))
     return 0
 
 
@@ -1090,4 +1122,4 @@ if __name__ == "__main__":
     # one that rerank raises would pass the `except` of the other.
     import evaluate as this
 
-    sys.exit(this.main())
+    sys.exit(this.guarded(this.main))

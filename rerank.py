@@ -13,7 +13,6 @@ An interrupted run continues where it stopped when the same command is given aga
 
 import argparse
 import contextlib
-import errno
 import gzip
 import hashlib
 import importlib.metadata
@@ -23,6 +22,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,24 +30,44 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; guarded() takes over
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
 import evaluate
-from evaluate import BadInput, Parser, at_least, read_qrels
+from evaluate import BadInput, Parser, at_least, guarded, read_qrels
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cross-encoder-study"
 BLOCK_PAIRS = 4096  # pairs scored, written and, after an interruption, redone together
 MARK = "# # # # # #\n"  # behind every whole block of an unfinished run
-FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)  # of a disk or quota
 
 
 def say(message: str) -> None:
     """One line of progress on stderr, from rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message, file=sys.stderr)
+        (tqdm.write if sys.stderr.isatty() else print)(message, file=sys.stderr)
+
+
+class Progress(tqdm):
+    """tqdm on rank 0: a bar on a terminal; elsewhere, as in a log file, a line every 30 seconds."""
+
+    def __init__(self, *args, disable=False, **settings) -> None:
+        self.lines = not sys.stderr.isatty()
+        if self.lines:
+            settings |= dict(mininterval=30, maxinterval=30, delay=30, miniters=1, position=0, bar_format="{desc}: "
+                             "{n_fmt}/{total_fmt}{unit} in {elapsed}, {remaining} to go, {rate_fmt}{postfix}")
+        super().__init__(*args, disable=disable or int(os.environ.get("RANK", 0)) > 0, **settings)
+
+    def status_printer(self, file):
+        return (lambda line: print(line, file=file, flush=True)) if self.lines else super().status_printer(file)
+
+    def close(self) -> None:
+        if self.lines:
+            self.last_print_t = 0  # as if it had shown nothing: there is no bar to take away
+        super().close()
 
 
 # ---------------------------------------------------------------------------------------------------- datasets
@@ -296,7 +316,7 @@ def bm25(texts: Texts, queries: dict[str, str], depth: int) -> dict[str, dict[st
     if not (folder / "docids.txt").is_file():
         say(f"BM25: indexing {len(texts):,} documents of {texts.name} (once; kept in the cache)")
         docids, tokens, vocabulary = [], [], {}
-        corpus = iter(tqdm(texts.corpus(), total=len(texts), desc="index", unit=" documents", disable=None))
+        corpus = iter(Progress(texts.corpus(), total=len(texts), desc="index", unit=" documents"))
         while batch := list(itertools.islice(corpus, 10_000)):
             docids += [d for d, _ in batch]
             words = bm25s.tokenize(
@@ -318,7 +338,7 @@ def bm25(texts: Texts, queries: dict[str, str], depth: int) -> dict[str, dict[st
         list(queries.values()), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
     )
     vocabulary, run = index.vocab_dict, {}
-    for qid, ws in zip(tqdm(queries, desc="BM25", unit=" queries", leave=False, disable=None), words, strict=True):
+    for qid, ws in zip(Progress(queries, desc="BM25", unit=" queries", leave=False), words, strict=True):
         ids = [vocabulary[w] for w in ws if w in vocabulary]
         scores = index.get_scores_from_ids(ids) if ids else np.zeros(0, np.float32)
         run[qid] = best(docids, scores, depth)
@@ -369,7 +389,7 @@ def splade(texts: Texts, queries: dict[str, str], depth: int, name: str) -> dict
     if not folder.is_dir():
         say(f"SPLADE: encoding {len(texts):,} documents of {texts.name} (once; kept in the cache)")
         docids, parts = [], []
-        corpus = iter(tqdm(texts.corpus(), total=len(texts), desc="SPLADE", unit=" documents", disable=None))
+        corpus = iter(Progress(texts.corpus(), total=len(texts), desc="SPLADE", unit=" documents"))
         while batch := list(itertools.islice(corpus, 1024)):
             docids += [d for d, _ in batch]
             parts.append(encode([t for _, t in batch]))
@@ -383,7 +403,7 @@ def splade(texts: Texts, queries: dict[str, str], depth: int, name: str) -> dict
     docids = (folder / "docids.txt").read_text(encoding="utf-8").split("\n")
     data, indices, indptr = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("data", "indices", "indptr"))
     vectors, run = encode(list(queries.values())), {}
-    for row, qid in enumerate(tqdm(queries, desc="SPLADE", unit=" queries", leave=False, disable=None)):
+    for row, qid in enumerate(Progress(queries, desc="SPLADE", unit=" queries", leave=False)):
         scores, query = np.zeros(len(docids), np.float32), vectors[[row]]
         for term, weight in zip(query.indices, query.data, strict=True):
             span = slice(indptr[term], indptr[term + 1])
@@ -622,8 +642,8 @@ def split_passages(ids: np.ndarray, length: int, stride: int) -> list[np.ndarray
 def score_run(model, texts: Texts, run: dict, max_tokens: int | None = None, progress: str = "") -> dict:
     """The whole run re-scored in memory: {qid: {docid: score}}. `progress` names a progress bar."""
     scorer, scores = PairScorer(model, texts, run, max_tokens), {}
-    with tqdm(total=sum(map(len, run.values())), desc=progress, unit=" pairs", leave=False,
-              disable=None if progress else True) as bar:
+    with Progress(total=sum(map(len, run.values())), desc=progress, unit=" pairs", leave=False,
+                  disable=not progress) as bar:
         for result in scorer(blocks_of(run, 1024)):
             scores |= result
             bar.update(sum(map(len, result.values())))
@@ -740,7 +760,7 @@ def write_in_blocks(
     skipped = sum(len(run[q]) for b in mine[:done] for q in b)
     with (
         open(part, "a", encoding="utf-8") as file,
-        tqdm(total=total, initial=skipped, desc=tag, unit=" pairs", disable=None if rank == 0 else True) as bar,
+        Progress(total=total, initial=skipped, desc=tag, unit=" pairs") as bar,
     ):
         for block, result in zip(mine[done:], score(mine[done:]), strict=True):
             file.write("".join(run_lines(q, result[q], tag) for q in block) + MARK)
@@ -817,38 +837,6 @@ def model_stamp(name: str) -> str:
     """A model folder's weights by size and time: a retrained model is another model to a resumed run."""
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     return " ".join([name, *(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)])
-
-
-def guarded(main: Callable[[], int]) -> int:
-    """Runs a script's main: bad input ends with one line on stderr and exit code 2."""
-    try:
-        code = main()
-        sys.stdout.flush()
-        return code
-    except BadInput as e:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # torchrun ends all ranks when rank 0 has failed: what it said too is not said again
-        print(f"error: {e}", file=sys.stderr)
-    except FileNotFoundError as e:
-        print(f"error: {e.filename}: not found", file=sys.stderr)
-    except BrokenPipeError:  # who read the results has seen enough (head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as e:
-        if not e.filename and e.errno not in FULL:
-            raise
-        hint = "; free some space and give the same command again: it goes on from what is written"
-        print(f"error: {e.filename or 'cannot write'}: {e.strerror}{hint * (e.errno in FULL)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
-    except ValueError as e:
-        from kernels.encoder import ModelError  # here: --help and usage errors need no torch
-
-        if not isinstance(e, ModelError):
-            raise
-        print(f"error: {e}", file=sys.stderr)
-    return 2
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -38,19 +39,20 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; guarded() takes over
 import numpy as np
-from tqdm import tqdm
 
-from evaluate import BadInput, Parser, at_least
+from evaluate import BadInput, Parser, at_least, guarded
 from rerank import (
     PairScorer,
+    Progress,
     Texts,
     add_first_stage_flags,
     add_model_flags,
     atomic_write,
     device_name,
     first_stage,
-    guarded,
     irds_home,
     join_processes,
     model_stamp,
@@ -132,7 +134,7 @@ def _docpairs(path: Path) -> Path:
 
     pairs = ir_datasets.load("msmarco-passage/train").docpairs_iter()
     with atomic_write(path) as file:
-        for pair in tqdm(pairs, desc="docpairs", unit=" triples", unit_scale=True, disable=None):
+        for pair in Progress(pairs, desc="docpairs", unit=" triples", unit_scale=True):
             file.write(f"{pair.query_id}\t{pair.doc_id_a}\t{pair.doc_id_b}\n")
     return path
 
@@ -219,7 +221,7 @@ def triples(path: Path) -> Iterator[tuple[int, str, str, str]]:
 def pairs_of(path: Path, texts: Texts, skip_missing: bool) -> dict[str, dict[str, float]]:
     """The distinct pairs of a file of triples in the form of a run, {qid: {docid: 0.0}}."""
     pairs: dict[str, dict[str, float]] = {}
-    for number, qid, *docids in tqdm(triples(path), desc=f"pairs of {path.name}", unit=" triples", disable=None):
+    for number, qid, *docids in Progress(triples(path), desc=f"pairs of {path.name}", unit=" triples"):
         if qid not in pairs:
             if qid not in texts.all_queries:
                 raise BadInput(f"{path}:{number}: query {qid!r} is not in dataset {texts.name}")
@@ -638,8 +640,7 @@ def listwise(args) -> None:
     counts, work, queue = Counter(), {}, iter(mine)
     part = open(f"{args.out}.partial-{rank}", "wb", buffering=0)  # noqa: SIM115
     done = sum(len(answers.of.get(q, [])) == len(windows(len(run[q]), args.window, args.stride)) for q in mine)
-    bar = tqdm(total=len(mine), initial=done, desc=tag, unit=" queries", disable=rank > 0,
-               mininterval=0.1 if sys.stderr.isatty() else 60)  # a log file gets a line a minute
+    bar = Progress(total=len(mine), initial=done, desc=tag, unit=" queries")
 
     def permute(qid):
         """Yields (query, passages) of each window not answered before, is sent its answer; writes the query last."""

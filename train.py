@@ -43,14 +43,13 @@ from tqdm import tqdm
 
 # Before kernels.encoder's own 16: in bf16 the attention of every length takes products of its own, forward and back.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-from evaluate import SUITES, BadInput, Parser, at_least, evaluate, markdown_table, mean, parse_measure
+from evaluate import FULL, SUITES, BadInput, Parser, at_least, evaluate, guarded, markdown_table, mean, parse_measure
 from kernels import losses
 from kernels.attention import dropout_from, on_gpu
 from kernels.encoder import CrossEncoder, default_max_tokens, in_threads, kept_bytes, micro_batches, to_device, to_host
 from kernels.linears import native_bf16
 from rerank import (
     CACHE,
-    FULL,
     DocumentTokens,
     Texts,
     add_model_flags,
@@ -59,7 +58,6 @@ from rerank import (
     downloads,
     first_stage,
     first_stage_name,
-    guarded,
     join_processes,
     line_of,
     rank_0_first,

@@ -457,7 +457,7 @@ def folder(tmp_path):
 
 
 def script(capsys, *arguments):
-    status = e.main(list(map(str, arguments)))
+    status = e.guarded(lambda: e.main(list(map(str, arguments))))
     out = capsys.readouterr()
     return status, out.out, out.err
 
