@@ -13,6 +13,7 @@ An interrupted run continues where it stopped when the same command is given aga
 
 import argparse
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import importlib.metadata
@@ -21,10 +22,13 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +46,9 @@ from evaluate import BadInput, Parser, at_least, guarded, read_qrels
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cross-encoder-study"
 BLOCK_PAIRS = 4096  # pairs scored, written and, after an interruption, redone together
-MARK = "# # # # # #\n"  # behind every whole block of an unfinished run
+MARK = b"# # # # # "
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, alone: no character
+NOT_AN_ID = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]|^$")
 
 
 def say(message: str) -> None:
@@ -89,7 +95,7 @@ class Texts:
     """
 
     def __init__(self, dataset: str, split: str = "test") -> None:
-        self.name, self.folder, self.irds, self.split = dataset, None, None, split
+        self.name, self.folder, self.irds, self.split, self._mended = dataset, None, None, split, False
         path, last = Path(dataset), Path(dataset).name
         if dataset == "pydocs" or dataset.startswith("pydocs/"):
             self.folder, self.split = pydocs_folder(), dataset.partition("/")[2] or split
@@ -108,25 +114,13 @@ class Texts:
             if not file.is_file():
                 raise BadInput(f"{file}: not found; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/*.tsv")
         self._where, self._corpus = {}, corpus
-        with open(corpus, "rb") as lines:  # offsets only: the text is read when it is asked for
-            offset = 0
-            for number, line in enumerate(lines, 1):
-                docid = _json_line(corpus, number, line)["_id"]
-                if docid in self._where:
-                    raise BadInput(f"{corpus}:{number}: document id {docid!r} occurs twice; ids must be unique")
-                self._where[docid] = offset
-                offset += len(line)
+        for offset, row in _json_lines(corpus):  # offsets only: the text is read when it is asked for
+            self._where[row["_id"]] = offset
         self._open_corpus = open(corpus, "rb")  # noqa: SIM115
-        self.all_queries = {}
-        with open(queries, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                row = _json_line(queries, number, line)
-                if row["_id"] in self.all_queries:
-                    raise BadInput(f"{queries}:{number}: query id {row['_id']!r} occurs twice; ids must be unique")
-                self.all_queries[row["_id"]] = row["text"]
+        self.all_queries = {row["_id"]: SURROGATE.sub("\ufffd", row["text"]) for _, row in _json_lines(queries)}
         qrels = self.folder / "qrels" / f"{self.split}.tsv"
         if not qrels.is_file():
-            found = sorted(p.stem for p in qrels.parent.glob("*.tsv")) if qrels.parent.is_dir() else []
+            found = sorted(p.stem for p in qrels.parent.glob("*.tsv"))
             if found:
                 raise BadInput(f"{qrels}: not found; splits here: {', '.join(found)} (name one as {self.folder}/SPLIT)")
             say(f"{self.folder}: no qrels/*.tsv, so nothing here is judged; all {len(self.all_queries):,} queries used")
@@ -141,6 +135,11 @@ class Texts:
             say(f"{qrels}: {absent:,} judged documents are not in {corpus.name}")
         self.queries = {q: self.all_queries[q] for q in self.qrels}
 
+    def other_splits(self) -> set[str]:
+        """Queries that the qrels of other splits of a folder judge, and not this one's: to be kept out of training."""
+        files = self.folder.glob("qrels/*.tsv") if self.folder and self.qrels else []
+        return {q for file in files for q in read_qrels(file)} - set(self.qrels)
+
     def _open_irds(self) -> None:
         import ir_datasets
 
@@ -151,9 +150,18 @@ class Texts:
                 f"dataset {self.name!r}: neither a folder nor an ir_datasets id nor pydocs; "
                 "ids are listed at https://ir-datasets.com"
             ) from None
+        for part in ("docs", "queries"):
+            if not getattr(self.irds, f"has_{part}")():
+                raise BadInput(f"dataset {self.name!r}: ir_datasets has no {part} for it; take an id that has docs and "
+                               "queries: https://ir-datasets.com")
+            kind = getattr(self.irds, f"{part}_cls")()
+            if not hasattr(kind, "default_text"):
+                raise BadInput(f"dataset {self.name!r}: ir_datasets knows no default text of its {part} "
+                               f"({kind.__name__}); write them as a folder in BEIR layout")
         with self._fetching():
-            self.all_queries = {q.query_id: q.default_text() for q in self.irds.queries_iter()}
-            self.qrels = self.irds.qrels_dict() if self.irds.has_qrels() else {}
+            self.all_queries = {check_id(q.query_id, self.name): self._text(q) for q in self.irds.queries_iter()}
+            qrels = self.irds.qrels_dict() if self.irds.has_qrels() else {}
+            self.qrels = {q: {d: int(grade) for d, grade in judged.items()} for q, judged in qrels.items()}
             self._store = self.irds.docs_store()
         judged = [q for q in self.qrels if q in self.all_queries]
         self.queries = {q: self.all_queries[q] for q in judged} if judged else self.all_queries
@@ -181,7 +189,16 @@ class Texts:
                     found[docid] = _document_text(json.loads(self._line(self._where[docid])))
             return found
         with self._fetching():
-            return {d: doc.default_text() for d, doc in self._store.get_many(list(docids)).items()}
+            return {d: self._text(doc) for d, doc in self._store.get_many(list(docids)).items()}
+
+    def _text(self, row) -> str:
+        """Text of a query or document of ir_datasets."""
+        text = row.default_text()
+        cleaned = SURROGATE.sub("\ufffd", text)
+        if cleaned != text and not self._mended:
+            say(f"{self.name}: texts hold halves of surrogate pairs, {row[0]!r} the first; each is read as U+FFFD")
+        self._mended |= cleaned != text
+        return cleaned
 
     def _line(self, offset: int) -> bytes:
         size, fd = 1 << 13, self._open_corpus.fileno()
@@ -192,31 +209,44 @@ class Texts:
                 return piece if end < 0 else piece[:end]
             size *= 4
 
-    def missing(self, docids: Iterable[str]) -> list[str]:
-        """Those of `docids` that a BEIR folder lacks; of an ir_datasets corpus this is only known when read."""
-        return [d for d in docids if d not in self._where] if self.folder else []
+    def missing(self, docids: Iterable[str], read: bool = False) -> list[str]:
+        """Those of `docids` that a BEIR folder lacks; of an ir_datasets corpus this is only known when they are `read`,
+        and none are returned else."""
+        if self.folder:
+            return [d for d in docids if d not in self._where]
+        docids, lost = list(docids) if read else [], []
+        for start in range(0, len(docids), 10_000):
+            found = self.documents(docids[start : start + 10_000])
+            lost += [d for d in docids[start : start + 10_000] if d not in found]
+        return lost
 
     def corpus(self) -> Iterator[tuple[str, str]]:
         """(docid, text) of every document, in the order of the collection."""
         if self.folder:
-            with open(self._corpus, "rb") as lines:
-                for line in lines:
-                    row = json.loads(line)
-                    yield row["_id"], _document_text(row)
+            for docid, offset in self._where.items():
+                yield docid, _document_text(json.loads(self._line(offset)))
         else:
             with self._fetching():
                 for doc in self.irds.docs_iter():
-                    yield doc.doc_id, doc.default_text()
+                    yield check_id(doc.doc_id, self.name), self._text(doc)
 
     def __len__(self) -> int:
-        return len(self._where) if self.folder else self.irds.docs_count()
+        return len(self._where) if self.folder else self.irds.docs_count() or 0
 
     def fingerprint(self) -> str:
         """Changes when the corpus does (file size and time), for caches."""
         if self.folder:
             stat = self._corpus.stat()
             return f"{self._corpus.resolve()}-{stat.st_size}-{stat.st_mtime_ns}"
-        return f"ir_datasets-{importlib.metadata.version('ir_datasets')}-{self.irds.docs_namespace()}-{len(self)}"
+        space = self.name
+        with contextlib.suppress(Exception):  # datasets over one corpus share its name; several have none to tell
+            space = self.irds.docs_namespace() or space
+        return f"ir_datasets-{importlib.metadata.version('ir_datasets')}-{space}-{len(self)}"
+
+    def digest(self) -> str:
+        """sha256 of the queries and judgments, by content: what was begun with others is another run."""
+        content = json.dumps([self.all_queries, self.qrels], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode(errors="replace")).hexdigest()
 
     def reopen(self) -> None:
         """Own file handles for a forked worker process."""
@@ -236,21 +266,46 @@ class Texts:
         return run
 
 
-def _json_line(path: Path, number: int, line: bytes) -> dict:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}:{number}: not UTF-8; convert the file (iconv -t UTF-8)") from None
-    except json.JSONDecodeError as e:
-        hint = "gzip data: gunzip it" if line[:2] == b"\x1f\x8b" else e.msg
-        raise BadInput(f"{path}:{number}: not a JSON object ({hint}); one object per line expected") from None
-    if not isinstance(row, dict) or not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-        raise BadInput(f'{path}:{number}: expected {{"_id": "...", "text": "..."}} with strings')
-    return row
+def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """(offset, {"_id": ..., "text": ...}) of each line that is not blank; BadInput names the line that is wrong."""
+    offset, seen, mended = 0, set(), 0
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            offset += len(line)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError:
+                raise BadInput(f"{where}: not UTF-8; convert the file (iconv -t UTF-8)") from None
+            except (ValueError, RecursionError) as e:  # RecursionError: nested thousands deep
+                hint = "gzip data: gunzip it" if line[:2] == b"\x1f\x8b" else str(e).partition(": line")[0]
+                raise BadInput(f"{where}: not a JSON object ({hint}); one object per line expected") from None
+            if not isinstance(row, dict) or not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
+                raise BadInput(f'{where}: expected {{"_id": "...", "text": "..."}} with strings')
+            if check_id(row["_id"], where) in seen:
+                raise BadInput(f"{where}: id {row['_id']!r} occurs twice; ids must be unique")
+            seen.add(row["_id"])
+            mended += b"\\u" in line and SURROGATE.search(f"{row.get('title')}{row['text']}") is not None
+            yield offset - len(line), row
+    if not seen:
+        raise BadInput(f"{path}:1: nothing in it; one object per line expected")
+    if mended:
+        say(f"{path}: {mended:,} texts hold halves of surrogate pairs; each is read as U+FFFD")
+
+
+def check_id(name: str, where: str) -> str:
+    """The id of a query or document as it is; BadInput where it is none that a line of a TREC run can hold."""
+    if NOT_AN_ID.search(name):
+        raise BadInput(f"{where}: the id {name[:60]!r} is empty or holds a blank or control character; no line of a "
+                       "TREC run can hold it: rename it here and in the qrels")
+    return name
 
 
 def _document_text(row: dict) -> str:
-    return f"{row['title']} {row['text']}" if row.get("title") else row["text"]
+    text = f"{row['title']} {row['text']}" if row.get("title") else row["text"]
+    return SURROGATE.sub("\ufffd", text)
 
 
 def irds_home() -> Path:
@@ -655,11 +710,15 @@ def score_run(model, texts: Texts, run: dict, max_tokens: int | None = None, pro
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name complete and on the disk, or not at all (gzip if named .gz)."""
+    """A text file that appears under its name complete and on the disk, or not at all (.gz and .zst packed)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as raw:  # no name and no time in the gzip header: same content, same bytes
-            binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
+            binary = raw
+            if path.suffix == ".gz":
+                binary = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
+            elif path.suffix == ".zst":
+                binary = pa.CompressedOutputStream(pa.PythonFile(raw, "w"), "zstd")
             with io.TextIOWrapper(binary, encoding="utf-8") as file:
                 yield file
         with open(temporary, "rb+") as file:
@@ -675,6 +734,16 @@ def run_lines(qid: str, ranked: dict[str, float], tag: str) -> str:
     return "".join(f"{qid} Q0 {docid} {rank} {score!s} {tag}\n" for rank, (docid, score) in enumerate(rows, 1))
 
 
+def mark(check: int) -> bytes:
+    """The line behind a whole block of an unfinished run; check: CRC-32 of the lines of all blocks up to here."""
+    return MARK + b"%08x\n" % check
+
+
+def run_tag(model: str) -> str:
+    """The last column of a run: a model's name, with _ for what would be taken for another column."""
+    return re.sub(r"\s+|[\x00-\x1f\x7f\ud800-\udfff]", "_", Path(model).name) or "run"
+
+
 def write_run(path: str | Path, run: dict[str, dict[str, float]], tag: str = "run") -> None:
     """Writes a TREC run (gzip where the name ends in .gz), complete or not at all."""
     with atomic_write(Path(path)) as file:
@@ -682,10 +751,39 @@ def write_run(path: str | Path, run: dict[str, dict[str, float]], tag: str = "ru
             file.write(run_lines(qid, ranked, tag))
 
 
-def refuse_overwrite(path: Path, overwrite: bool) -> None:
-    """Raises BadInput where `path` exists and --overwrite was not given, or no file can be made there."""
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Inside, this process alone writes `out`. The system gives the lock beside it back when the process ends, by
+    whatever cause; it is not inherited by forked workers. BadInput names the process that holds it."""
+    path = out.with_name(f".{out.name}.lock")
+    if int(os.environ.get("RANK", 0)):  # rank 0 has it for all
+        yield
+        return
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # taken away since it was opened: its owner ended just now
+                raise BlockingIOError
+        except BlockingIOError:
+            file.seek(0)
+            raise BadInput(f"{out}: being written by {file.read() or 'another process'}; wait for it, or give another "
+                           "--out") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def refuse_overwrite(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
+    """Raises BadInput where `path` exists and --overwrite was not given, is one of `inputs`, or cannot be made."""
     if path.is_dir():
         raise BadInput(f"{path}: a folder; --out names the file to write")
+    for file in inputs:
+        if file and path.exists() and Path(file).exists() and path.samefile(file):
+            raise BadInput(f"{path}: is read by this very command; --out names another file")
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists; give --overwrite to replace it, or another --out")
     if not path.parent.is_dir():
@@ -725,7 +823,8 @@ def write_in_blocks(
 ) -> bool:
     """Scores the blocks of `run` into the TREC run `out`, sharded over ranks and safe against interruption.
 
-    Each rank appends whole blocks to OUT.part-RANK; the same command goes on after the last whole block there.
+    Each rank appends whole blocks to OUT.part-RANK, each with a checksum; the same command goes on after the last that
+    is whole.
     At the end rank 0 joins the parts in the order of `run` and renames: the file is the one that a single
     uninterrupted process writes.
 
@@ -741,16 +840,21 @@ def write_in_blocks(
     header = json.dumps({**plan, "world": world, "blocks": len(blocks)}, sort_keys=True) + "\n"
     if overwrite and part.exists():
         part.unlink()
-    done = 0
+    done = check = 0
     if part.exists():
-        with open(part, encoding="utf-8", newline="\n") as lines:
-            if lines.readline() != header:
-                raise BadInput(f"{part}: begun by a command with other flags or data; finish that one, or --overwrite")
-            read = keep = len(header.encode())
+        with open(part, "rb") as lines:
+            if lines.readline() != header.encode():
+                raise BadInput(f"{part}: begun by a command with other flags or data, or damaged; finish that one, or "
+                               "--overwrite")
+            keep, block = len(header.encode()), b""
             for line in lines:
-                read += len(line.encode())
-                if line == MARK:
-                    keep, done = read, done + 1
+                if line == mark(zlib.crc32(block, check)):
+                    keep, check, done = keep + len(block) + len(line), zlib.crc32(block, check), done + 1
+                    block = b""
+                else:
+                    block += line
+        if MARK in block:
+            say(f"{part}: damaged behind block {done:,}; from there on scored anew")
         os.truncate(part, keep)
         say(f"{part}: going on after {done:,} of {len(mine):,} blocks")
     else:
@@ -759,11 +863,13 @@ def write_in_blocks(
     total = sum(len(run[q]) for b in mine for q in b)
     skipped = sum(len(run[q]) for b in mine[:done] for q in b)
     with (
-        open(part, "a", encoding="utf-8") as file,
+        open(part, "ab") as file,
         Progress(total=total, initial=skipped, desc=tag, unit=" pairs") as bar,
     ):
         for block, result in zip(mine[done:], score(mine[done:]), strict=True):
-            file.write("".join(run_lines(q, result[q], tag) for q in block) + MARK)
+            lines = "".join(run_lines(q, result[q], tag) for q in block).encode()
+            check = zlib.crc32(lines, check)
+            file.write(lines + mark(check))
             file.flush()
             bar.update(sum(len(run[q]) for q in block))
     if world > 1:
@@ -778,7 +884,7 @@ def write_in_blocks(
                 lines.readline()
             for b in range(len(blocks)):
                 for line in parts[b % world]:
-                    if line == MARK:
+                    if line.startswith(MARK.decode()):
                         break
                     file.write(line)
         for r in range(world):
@@ -834,9 +940,12 @@ def first_stage_name(text: str) -> str:
 
 
 def model_stamp(name: str) -> str:
-    """A model folder's weights by size and time: a retrained model is another model to a resumed run."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    return " ".join([name, *(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)])
+    """A model folder's files by size and time: a retrained model, or another tokenizer, is another to a resumed run."""
+    kinds = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model")
+    files = sorted(f for depth in ("*", "*/*") for f in Path(name).glob(depth) if f.suffix in kinds and f.is_file())
+    ours = ("args.json", "checkpoint.pt")  # of train.py: no part of the model
+    stamps = (f"{f.relative_to(name)}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files if f.name not in ours)
+    return " ".join([name, *stamps])
 
 
 def main() -> int:
@@ -864,39 +973,59 @@ def main() -> int:
             parser.error("--dataset and --out are needed (or --query TEXT FILE)")
         if (args.run is None) == (args.first_stage is None):
             parser.error("give either --run FILE or --first-stage bm25|scoreddocs")
-        refuse_overwrite(args.out, args.overwrite)
+        refuse_overwrite(args.out, args.overwrite, inputs=[args.run])
     join_processes()
     model = CrossEncoder.from_pretrained(
         args.model, dtype=args.dtype, device=args.device, query_length=args.query_length, doc_length=args.doc_length
     ).eval()
+    if args.long_docs == "max" and args.stride > model.doc_length:
+        parser.error(f"--stride {args.stride}: beyond the {model.doc_length} tokens of a passage, so that text between "
+                     "passages would never be scored; lower it")
     if args.query is not None:
-        data = evaluate.read_bytes(args.file) if args.file != "-" else sys.stdin.buffer.read()
-        lines = []
-        for number, line in enumerate(data.split(b"\n"), 1):
-            try:
-                lines += [line.decode().rstrip("\r")] if line.strip() else []
-            except UnicodeDecodeError:
-                raise BadInput(f"{args.file}:{number}: not UTF-8; convert the file (iconv -t UTF-8)") from None
-        if not lines:
-            raise BadInput(f"{args.file}: no text lines to rank")
-        scores = model.score([args.query] * len(lines), lines, args.max_tokens).tolist()
-        for score, line in sorted(zip(scores, lines, strict=True), key=lambda pair: -pair[0]):
-            print(f"{score:.6f}\t{line}")
+        print_ranking(model, args.query, args.file, args.max_tokens)
         return 0
+    with locked(args.out):
+        rerank(model, args)
+    return 0
+
+
+def print_ranking(model, query: str, file: str, max_tokens: int | None) -> None:
+    """The lines of a text file (`-`: stdin), best first, behind their scores."""
+    data = evaluate.read_bytes(file) if file != "-" else sys.stdin.buffer.read()
+    lines = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            lines += [line.decode().rstrip("\r")] if line.strip() else []
+        except UnicodeDecodeError:
+            raise BadInput(f"{file}:{number}: not UTF-8; convert the file (iconv -t UTF-8)") from None
+    if not lines:
+        raise BadInput(f"{file}: no text lines to rank")
+    try:
+        scores = model.score([SURROGATE.sub("\ufffd", query)] * len(lines), lines, max_tokens).tolist()
+    except FloatingPointError as e:
+        raise BadInput(f"{file}: {e}; has the model diverged?") from e
+    if model.truncated:
+        say(f"{model.truncated:,} texts cut: the query to {model.query_length} tokens, lines to {model.doc_length}")
+    for score, line in sorted(zip(scores, lines, strict=True), key=lambda pair: -pair[0]):
+        print(f"{score:.6f}\t{line}")
+
+
+def rerank(model, args) -> None:
+    """The candidates re-scored and written, with what it took in OUT.json."""
     with rank_0_first():
         texts = Texts(args.dataset)
         run = first_stage(texts, args.run, args.first_stage, args.depth, args.skip_missing)
     scorer = PairScorer(model, texts, run, args.max_tokens, args.long_docs, args.stride, args.skip_missing)
     plan = {k: str(v) for k, v in vars(args).items() if k not in ("out", "overwrite", "query", "file")}
-    plan |= {"model": model_stamp(args.model), "corpus": texts.fingerprint(), "dtype": str(model.model.dtype)}
+    plan |= {"model": model_stamp(args.model), "corpus": texts.fingerprint(), "queries": texts.digest(),
+             "dtype": str(model.model.dtype)}
     if args.run:
         plan["run"] = hashlib.sha256(args.run.read_bytes()).hexdigest()
-    if write_in_blocks(args.out, plan, run, Path(args.model).name, scorer, args.overwrite):
+    if write_in_blocks(args.out, plan, run, run_tag(args.model), scorer, args.overwrite):
         say(f"{args.out}: {len(run):,} queries, {scorer.summary()}")
         with atomic_write(Path(f"{args.out}.json")) as file:
             json.dump({"seconds": scorer.seconds, "waited": scorer.waited, "pairs": scorer.pairs, "model": args.model,
                        "device": str(model.device), "dtype": str(model.model.dtype)}, file)
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ lists, and sends its gradient back through the micro-batches; where these do not
 scored twice, first without gradient. --dry-run prints the plan of any command and touches nothing.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -25,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
 from functools import partial
@@ -34,23 +38,28 @@ from pathlib import Path
 # heaps of 64 MB, which hold buffers of 10 MB badly and now and then fail to grow: half as much memory again.
 if hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(-8, 1)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; guarded() takes over
 import numpy as np
 import pyarrow as pa
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from tqdm import tqdm
 
-# Before kernels.encoder's own 16: in bf16 the attention of every length takes products of its own, forward and back.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-from evaluate import FULL, SUITES, BadInput, Parser, at_least, evaluate, guarded, markdown_table, mean, parse_measure
-from kernels import losses
-from kernels.attention import dropout_from, on_gpu
-from kernels.encoder import CrossEncoder, default_max_tokens, in_threads, kept_bytes, micro_batches, to_device, to_host
-from kernels.linears import native_bf16
+from evaluate import (
+    FULL,
+    LOSSES,
+    SUITES,
+    BadInput,
+    Parser,
+    at_least,
+    evaluate,
+    guarded,
+    markdown_table,
+    mean,
+    parse_measure,
+)
 from rerank import (
     CACHE,
     DocumentTokens,
+    Progress,
     Texts,
     add_model_flags,
     atomic_write,
@@ -60,10 +69,40 @@ from rerank import (
     first_stage_name,
     join_processes,
     line_of,
+    model_stamp,
     rank_0_first,
     say,
     score_run,
 )
+
+
+def import_torch() -> None:
+    """What takes seconds to import: as a command, once its flags are read, so that --help and a wrong flag come at
+    once."""
+    global CrossEncoder, dist, losses, default_max_tokens, dropout_from, first_line, in_threads, kept_bytes
+    global micro_batches, native_bf16, on_gpu, to_device, to_host, torch
+    # Before kernels.encoder's own 16: in bf16 the attention of every length takes products of its own, both ways.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    import torch
+    import torch.distributed as dist
+
+    from kernels import losses
+    from kernels.attention import dropout_from, on_gpu
+    from kernels.encoder import (
+        CrossEncoder,
+        default_max_tokens,
+        first_line,
+        in_threads,
+        kept_bytes,
+        micro_batches,
+        to_device,
+        to_host,
+    )
+    from kernels.linears import native_bf16
+
+
+if __name__ != "__main__":
+    import_torch()
 
 # name: (hub id, group); shapes are in kernels/bench/roofline.py
 BACKBONES = {
@@ -118,11 +157,12 @@ class Triples:
     """A TSV of (query, positive, negative), one list of two documents per line, read by line from the disk.
 
     Lines are `qid pos neg`, or Hofstätter's `pos_score neg_score qid pos_pid neg_pid`, whose scores are the teacher's.
-    The offsets of the lines are found once and kept in the cache; nothing of the file itself stays in memory.
+    The offsets of the lines are found once and kept in the cache; nothing of the file itself stays in memory. A header
+    is skipped; with `texts` the lines are looked through once, where that is a folder or the loss may learn nothing.
     """
 
-    def __init__(self, path: Path, loss: str) -> None:
-        self.path, self.loss = path, loss
+    def __init__(self, path: Path, loss: str, texts=None) -> None:
+        self.path, self.loss, self.rows, self.skipped = path, loss, None, 0
         if not path.is_file():
             raise BadInput(f"{path}: not found")
         stat = path.stat()
@@ -137,15 +177,49 @@ class Triples:
         if self.columns == 3 and loss in FROM_TEACHER:
             raise BadInput(f"{path}:1: three columns, but --loss {loss} needs the teacher's scores: "
                            "pos_score neg_score qid pos_pid neg_pid (teacher.py cross-encoder --triples makes them)")
+        if texts:
+            self._look_through(texts)
+
+    def _look_through(self, texts) -> None:
+        first = self._field(0)
+        self.skipped = int(first[-3] not in texts.all_queries and len(self) > 1)
+        if self.skipped and self._field(0)[-3] not in texts.all_queries:
+            raise BadInput(f"{self.path}:1: query {first[-3][:60]!r} is not in dataset {texts.name}; triples hold ids, "
+                           "not texts: qid pos neg")
+        if self.skipped:
+            say(f"{self.path}:1: taken for a header and skipped")
+        if not texts.folder and not (self.loss == "ranknet" and self.columns == 5):
+            return
+        rows, left, elsewhere = [], Counter(), texts.other_splits()
+        for i in Progress(range(len(self)), desc=f"{self.path.name}", unit=" triples", leave=False):
+            qid, docids, targets = self.item(i, None)
+            unknown = [d for d in docids if texts.missing([d])]
+            if unknown or qid not in texts.all_queries:
+                what = f"document {unknown[0][:60]!r}" if unknown else f"query {qid[:60]!r}"
+                raise BadInput(f"{self.where(i)}: {what} is not in dataset {texts.name}")
+            tied = self.loss == "ranknet" and np.float32(targets[0]) == np.float32(targets[1])
+            why = "the teacher's scores tie" * tied or "their query is of another split" * (qid in elsewhere)
+            if why:
+                left[why] += 1
+            else:
+                rows.append(i)
+        for why, number in left.items():
+            say(f"{self.path}: {number:,} of {len(self):,} triples left out: {why}")
+        if not rows:
+            raise BadInput(f"{self.path}: no triple can be trained on")
+        self.rows = np.array(rows)
 
     def _index(self, index: Path) -> None:
         """Offsets of the lines, int64, every line checked to have as many columns as the first: 3 or 5."""
-        size, offsets, base, columns, lines = self.path.stat().st_size, [np.zeros(1, np.int64)], 0, None, 0
-        with open(self.path, "rb") as file, tqdm(
-            total=size, desc=f"index {self.path.name}", unit="B", unit_scale=True, leave=False, disable=None
+        offsets, base, columns, lines, rest = [np.zeros(1, np.int64)], 0, None, 0, b""
+        with open(self.path, "rb") as file, Progress(
+            total=file.seek(0, 2), desc=f"index {self.path.name}", unit="B", unit_scale=True, leave=False
         ) as bar:
-            rest = b""
-            while chunk := file.read(1 << 24):
+            file.seek(max(bar.total - 65536, 0))
+            tail = file.read()
+            size = bar.total - len(tail) + len(tail.rstrip(b"\r\n"))  # without the blank lines at the end
+            file.seek(0)
+            while chunk := file.read(min(1 << 24, size - file.tell())):
                 data = rest + chunk
                 end = len(data) if file.tell() == size else data.rfind(b"\n") + 1
                 whole, rest = data[:end], data[end:]
@@ -178,27 +252,35 @@ class Triples:
         os.replace(f"{index}.{os.getpid()}", index)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.offsets) - 1 - self.skipped if self.rows is None else len(self.rows)
+
+    def _line(self, i: int) -> int:
+        """The line of the file, from 0, that is triple i."""
+        return self.skipped + (i if self.rows is None else int(self.rows[i]))
+
+    def _field(self, i: int) -> list[str]:
+        line = self._line(i)
+        start, end = int(self.offsets[line]), int(self.offsets[line + 1])
+        try:
+            return os.pread(self.file.fileno(), end - start, start).decode("utf-8-sig").rstrip("\r\n").split("\t")
+        except UnicodeDecodeError:
+            raise BadInput(f"{self.where(i)}: not UTF-8; convert the file (iconv -t UTF-8)") from None
 
     def item(self, i: int, seed) -> tuple[str, list[str], list[float]]:
-        """(qid, [positive, negative], their targets) of line i."""
-        start, end = int(self.offsets[i]), int(self.offsets[i + 1])
-        try:
-            field = os.pread(self.file.fileno(), end - start, start).decode().rstrip("\r\n").split("\t")
-        except UnicodeDecodeError:
-            raise BadInput(f"{self.path}:{i + 1}: not UTF-8; convert the file (iconv -t UTF-8)") from None
+        """(qid, [positive, negative], their targets) of triple i."""
+        field = self._field(i)
         if self.columns == 3:
             return field[0], field[1:], [1.0, 0.0]
         try:
             scores = [float(field[0]), float(field[1])]
         except ValueError:
             scores = [math.nan]
-        if not all(map(math.isfinite, scores)):
-            raise BadInput(f"{self.path}:{i + 1}: scores {field[0]!r} {field[1]!r} are not finite numbers")
+        if not np.isfinite(np.float32(scores)).all():
+            raise BadInput(f"{self.where(i)}: scores {field[0][:30]!r} {field[1][:30]!r} are not finite numbers (fp32)")
         return field[2], field[3:], scores if self.loss in FROM_TEACHER else [1.0, 0.0]
 
     def where(self, i: int) -> str:
-        return f"{self.path}:{i + 1}"
+        return f"{self.path}:{self._line(i) + 1}"
 
 
 class Lists:
@@ -217,12 +299,34 @@ class Lists:
         if random_share is not None:
             self.corpus = pa.array([d for d, _ in texts.corpus()], pa.large_string())
         labelled = not self.teacher or shared
-        self.queries, self.positives, rows = [], [], []  # rows of `run` that a list is drawn from
-        skipped, filtered, short, longest = Counter(), 0, 0, 0
+        self.queries, self.positives, self.sizes, rows = [], [], [], []  # rows of `run` that a list is drawn from
+        skipped, filtered, short, longest, elsewhere = Counter(), 0, 0, 0, texts.other_splits()
+        scores = run.values.astype(np.float32)
+        if self.teacher and not np.isfinite(scores).all():
+            i = np.searchsorted(run.starts, np.flatnonzero(~np.isfinite(scores))[0], "right") - 1
+            raise BadInput(f"{run_path}: query {run.qids[i]!r} has scores beyond the range of single precision")
+        positives = {q: [d for d, grade in texts.qrels.get(q, {}).items() if grade > 0] for q in run.qids}
+        lost = set(texts.missing(dict.fromkeys(d for some in positives.values() for d in some), read=labelled))
+        if lost:
+            say(f"lists: {len(lost):,} relevant documents are not in dataset {texts.name} and are left out")
+
+        def left_out(qid, relevant, inside, mine, size):
+            if qid in elsewhere:
+                return "judged in another split of the dataset"
+            if self.loss == "ranknet" and np.ptp(scores[start:end]) == 0:
+                return "the teacher's scores all tie"
+            if not labelled:
+                return "" if len(mine) > 1 else "fewer than two candidates"
+            if not relevant:
+                return "no relevant document"
+            if shared and not inside:
+                return "the relevant document is not among the candidates"
+            return "" if size > 1 else "no candidate that is not relevant"
+
         for i, qid in enumerate(run.qids):
             start, end = int(run.starts[i]), int(run.starts[i + 1])
             known = dict(zip(run.docids[start:end].to_pylist(), range(start, end), strict=True))
-            relevant = [d for d, grade in texts.qrels.get(qid, {}).items() if grade > 0]
+            relevant = [d for d in positives[qid] if d not in lost]
             inside = [d for d in relevant if d in known]
             mine = np.arange(start, end)
             if labelled:
@@ -230,16 +334,15 @@ class Lists:
                 if max_margin is not None and inside:
                     kept = mine[run.values[mine] <= min(run.values[known[d]] for d in inside) - max_margin]
                     filtered, mine = filtered + len(mine) - len(kept), kept
-            why = (None if not labelled and len(mine) > 1 else "fewer than two candidates" if not labelled
-                   else "no relevant document" if not relevant
-                   else "the relevant document is not among the candidates" if shared and not inside
-                   else "no candidate that is not relevant" if not len(mine) and random_share is None else None)
+            size = min(list_size, 1 + (len(mine) if random_share is None else len(self.corpus) - len(relevant)))
+            why = left_out(qid, relevant, inside, mine, size)
             if why:
                 skipped[why] += 1
                 continue
-            short += labelled and len(mine) < list_size - 1 and random_share is None
+            short += labelled and size < list_size
             longest = max(longest, len(mine))
             self.queries.append(i)
+            self.sizes.append(size)
             self.positives.append([(d, float(run.values[known[d]]) if d in known else math.nan)
                                    for d in (inside if shared else relevant)])
             rows.append(mine)
@@ -254,7 +357,8 @@ class Lists:
         if not labelled and longest > list_size:
             say(f"lists: up to {longest:,} candidates per query; {list_size} of them drawn anew at every pass")
         if not self.queries:
-            raise BadInput(f"{run_path or 'lists'}: no query can be trained on; do qrels and run belong together?")
+            raise BadInput(f"{run_path or 'lists'}: no query can be trained on ({', '.join(skipped)}); do qrels and "
+                           "run belong together?")
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -278,7 +382,7 @@ class Lists:
         names = [positive, *run.docids.take(pa.array(rows)).to_pylist()]
         targets = [score, *run.values[rows].tolist()] if self.teacher else [1.0] + [0.0] * len(rows)
         relevant = self.texts.qrels.get(qid, {})
-        while len(names) < self.size and self.random_share:
+        while len(names) < self.sizes[i] and self.random_share:
             other = self.corpus[int(rng.integers(len(self.corpus)))].as_py()
             if relevant.get(other, 0) <= 0 and other not in names:
                 names.append(other)
@@ -290,7 +394,7 @@ class Lists:
         return f"{self.path}:{line_of(self.path, qid)}" if self.path else f"query {qid!r}"
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches:
     """Batch k of the training, a pure function of (seed, k): `self[k]` is what this rank computes of it.
 
     Every rank knows the ids and targets of the whole batch; text is read and tokenised for its own share alone.
@@ -333,7 +437,7 @@ class Batches(torch.utils.data.Dataset):
             row, qid, docids, _ = items[i]
             unknown = [d for d in docids if d not in found]
             if unknown or qid not in self.texts.all_queries:
-                what = f"document {unknown[0]!r}" if unknown else f"query {qid!r}"
+                what = f"document {unknown[0][:60]!r}" if unknown else f"query {qid[:60]!r}"
                 raise BadInput(f"{self.source.where(row)}: {what} is not in dataset {self.texts.name}")
         queries = self.tokenize([self.texts.all_queries[items[i][1]] for i in own], self.query_length)
         return {
@@ -644,6 +748,32 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     sync_folder(folder)
 
 
+def load_checkpoint(path: Path, model, optimizer, steps: int) -> tuple[int, float, list]:
+    """(step, best score, history) of a checkpoint whose weights and optimizer state are put in place."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if not 0 < state["step"] <= steps:
+            raise ValueError(f"step {state['step']} of {steps}")
+        return int(state["step"]), float(state["best"]), [[int(step), float(score)] for step, score in state["history"]]
+    except Exception as e:  # whatever torch and pickle make of a damaged file
+        raise damaged(path, e) from e
+
+
+def begun_with(path: Path) -> dict:
+    """args.json of a run folder."""
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        return {name: made[name] | {} for name in ("flags", "data", "versions")}
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
+        raise damaged(path, e) from e
+
+
+def damaged(path: Path, error: Exception) -> BadInput:
+    return BadInput(f"{path}: damaged ({first_line(error)}); put a copy in its place, or --overwrite starts afresh")
+
+
 def save_model(model: CrossEncoder, folder: Path) -> None:
     """The model in Hugging Face's layout, each file put in place whole, the weights last."""
     temporary = folder / ".model.new"
@@ -654,7 +784,7 @@ def save_model(model: CrossEncoder, folder: Path) -> None:
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
             os.replace(file, folder / file.name)
-    except SafetensorError as e:  # it wraps the system's errors, of which only the words are left
+    except Exception as e:  # safetensors wraps the system's errors, of which only the words are left
         if number := re.search(r"os error (\d+)", str(e)):
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
         raise
@@ -693,7 +823,7 @@ def open_source(args, texts):
 
         path = published(str(path))
     if path and (args.triples or str(path).endswith(".tsv")):
-        return Triples(Path(path), args.loss)
+        return Triples(Path(path), args.loss, texts)
     if path is None and args.loss in FROM_TEACHER:
         raise BadInput(f"--loss {args.loss} learns from a teacher's scores: make a run with teacher.py and give it as "
                        "--lists")
@@ -710,7 +840,7 @@ def parse(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--backbone", default="tiny", help=f"tiny, {', '.join(BACKBONES)}, or a hub id or folder of BERT, RoBERTa, "
         "ELECTRA, DeBERTa-v3 or ModernBERT kind (default tiny)")
-    add("--loss", default="infonce", choices=sorted(losses.LOSSES), help="the objective (default infonce)")
+    add("--loss", default="infonce", choices=sorted(LOSSES), help="the objective (default infonce)")
     add("--out", type=Path, help="run folder (default runs/DATASET-BACKBONE-LOSS-seedN)")
     data = parser.add_argument_group("data").add_argument
     data("--dataset", help="ir_datasets id, BEIR folder or pydocs (default: msmarco-passage/train; for tiny, pydocs)")
@@ -773,6 +903,7 @@ def parse(argv=None) -> argparse.Namespace:
         if kind != "jsonl" and importlib.util.find_spec(kind) is None:
             parser.error(f"--log {kind}: {kind} is not installed; pip install {kind}, or leave it out")
     parse_measure(args.eval_measure)
+    import_torch()
     return fill(args)
 
 
@@ -812,17 +943,24 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
     default("eval_every", max(args.steps // 40, min(args.steps, 100)))
     default("save_every", args.eval_every)
     config = Path(args.backbone) / "config.json"  # a model trained here knows its lengths
-    known = json.loads(config.read_text()) if config.is_file() else {}
+    try:
+        known = json.loads(config.read_text()) if config.is_file() else {}
+        known = {name: at_least(1)(str(known.get(name, value))) for name, value in
+                 (("query_length", 32), ("doc_length", 256))}
+    except (ValueError, AttributeError, RecursionError, argparse.ArgumentTypeError) as e:
+        raise BadInput(f"{config}: not the config of a model ({first_line(e)})") from e
     default("depth", 500 if args.lists == "colbert" else 100)
     default("eval_depth", 100)
-    default("query_length", known.get("query_length", 32))
-    default("doc_length", known.get("doc_length", 256))
-    default("eval_dataset", ["nanobeir"] if paper else [args.dataset.split("/")[0] + "/dev"] if tiny else None)
+    default("query_length", known["query_length"])
+    default("doc_length", known["doc_length"])
+    if args.dataset.split("/")[0] == "pydocs":
+        default("eval_dataset", ["pydocs/dev"])
+    default("eval_dataset", ["nanobeir"] if paper else None)
     short = "-".join(Path(args.dataset).parts[-2:]) + "-" + Path(args.backbone).name
     ways = "-shared" * shared + "-docs" * (args.budget == "docs")
     default("out", Path("runs") / f"{short}-{args.loss}{ways}-seed{args.seed}")
     if args.eval_dataset is None:
-        folder = Path(args.dataset)
+        folder = Path(args.dataset) if Path(args.dataset).is_dir() else Path(args.dataset).parent
         args.eval_dataset = [str(folder / "dev")] if (folder / "qrels" / "dev.tsv").is_file() else []
     elif args.eval_dataset == ["none"]:
         args.eval_dataset = []
@@ -897,22 +1035,33 @@ def plan(args) -> str:
 
 
 class Stop:
-    """Inside `with`, SIGTERM and Ctrl-C are only noted, for the step in hand to be finished and saved; a second one
-    ends the run at once."""
+    """Inside `with`, SIGTERM and Ctrl-C are only noted, for the step in hand to be finished and saved. A second one
+    ends the run at once, and so does a step that is not finished `grace` seconds later."""
+
+    grace = 25  # schedulers wait 30 before they kill
 
     def __enter__(self):
-        self.signal = 0
+        self.signal, self.timer = 0, None
         self.before = [(number, signal.signal(number, self._note)) for number in (signal.SIGINT, signal.SIGTERM)]
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before:
             signal.signal(number, handler)
+        if self.timer:
+            self.timer.cancel()
 
     def _note(self, number, _frame):
         if self.signal:
             os._exit(128 + number)
         self.signal = number
+        self.timer = threading.Timer(self.grace, self._give_up)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _give_up(self):
+        os.write(2, b"\nstopped within a step that did not end; --resume goes on from the last checkpoint\n")
+        os._exit(128 + self.signal)
 
 
 class Log:
@@ -920,10 +1069,11 @@ class Log:
 
     def __init__(self, args, step):
         self.path, self.writers = args.out / "log.jsonl", []
-        lines = self.path.read_text().splitlines() if step and self.path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        rows, damaged = self.read(self.path) if step else ([], 0)
+        if step and (damaged or not rows):
+            say(f"{self.path}: {damaged:,} damaged lines left out, {len(rows):,} kept; the training goes on without")
         with atomic_write(self.path) as file:
-            file.writelines(line + "\n" for line in kept)
+            file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
         kinds = args.log.split(",")
         if "tensorboard" in kinds:
             from torch.utils.tensorboard import SummaryWriter
@@ -935,6 +1085,16 @@ class Log:
 
             wandb.init(project="cross-encoder-study", name=args.out.name, config=flags(args))
             self.writers.append(lambda row: wandb.log(row, step=row["step"]))
+
+    @staticmethod
+    def read(path) -> tuple[list[dict], int]:
+        """(rows, number of lines that are none) of a log.jsonl, which a full disk may have torn."""
+        lines, rows = path.read_text("utf-8", "replace").splitlines() if path.is_file() else [], []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                row = json.loads(line)
+                rows += [row] if row["step"] >= 0 else []
+        return rows, len(lines) - len(rows)
 
     def __call__(self, **row):
         with open(self.path, "a", encoding="utf-8") as file:
@@ -949,7 +1109,7 @@ def flags(args) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in ways}
 
 
-def provenance(args, texts) -> dict:
+def provenance(args, texts, validation) -> dict:
     """What it takes to repeat the run: flags, versions, commit, data."""
     import transformers
 
@@ -961,8 +1121,10 @@ def provenance(args, texts) -> dict:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "transformers": transformers.__version__, "numpy": np.__version__},
         "commit": git or None,
-        "data": {"corpus": texts.fingerprint()} | {
-            str(f): hashlib.file_digest(open(f, "rb"), "sha256").hexdigest() for f in files},  # noqa: SIM115
+        "data": {"corpus": texts.fingerprint(), "queries and qrels": texts.digest(),
+                 "backbone": model_stamp(args.backbone)}
+        | {f"validation {name}": f"{t.fingerprint()} {t.digest()}" for name, t, _ in validation.sets}
+        | {str(f): hashlib.file_digest(open(f, "rb"), "sha256").hexdigest() for f in files},  # noqa: SIM115
     }
 
 
@@ -978,18 +1140,15 @@ def train(args, rank: int, world: int) -> int:
         raise BadInput(f"{out}: a folder with other things in it; --overwrite writes there all the same, --out names "
                        "another")
     if begun and args.resume:
-        before = json.loads((out / "args.json").read_text())["flags"]
+        before = begun_with(out / "args.json")["flags"]
         other = [f"--{k.replace('_', '-')} {before.get(k)} (now {v})"
                  for k, v in flags(args).items() if before.get(k) != v]
         if other:
             raise BadInput(f"{out}: begun with other flags: {', '.join(other)}; give the same, or another --out")
-    state = None
-    if begun and args.resume:
         if (out / "README.md").is_file():  # written last; so `last/` may go once a run is finished
             say(f"{out}: finished already ({args.steps:,} steps); nothing to do")
             return 0
-        if (last / "checkpoint.pt").is_file():
-            state = torch.load(last / "checkpoint.pt", map_location="cpu", weights_only=True)
+    resumed = begun and args.resume and (last / "checkpoint.pt").is_file()
     has_gpu = args.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu else "cpu"
     with rank_0_first():
@@ -998,11 +1157,11 @@ def train(args, rank: int, world: int) -> int:
         source = open_source(args, texts)
         validation = Validation(args.eval_dataset, args.eval_measure, args.eval_depth, args.eval_queries, rank, world)
     if begun and args.resume and rank == 0:
-        before, now = json.loads((out / "args.json").read_text()), provenance(args, texts)
-        changed = [name for name, digest in now["data"].items() if before["data"].get(name) != digest]
+        before, now = begun_with(out / "args.json"), provenance(args, texts, validation)
+        changed = [name for name, digest in now["data"].items() if before["data"].get(name, digest) != digest]
         if changed:
-            raise BadInput(f"{out}: begun on other data: {', '.join(changed)} changed since; bring the old back, or "
-                           "give another --out")
+            raise BadInput(f"{out}: begun on other data: {', '.join(changed)} changed since (corpus and backbone by "
+                           "size and time, all else by content); bring the old back, or give another --out")
         if before["versions"] != now["versions"]:
             say(f"{out}: begun with {before['versions']}, now {now['versions']}: other bytes than of one run")
     say(plan(args))
@@ -1011,17 +1170,15 @@ def train(args, rank: int, world: int) -> int:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     step = Step(model, args.loss, optimizer, args, rank, world)
     start, best, history = 0, -math.inf, []
-    if rank == 0 and not state:
+    if rank == 0 and not resumed:
         if out.is_dir():
             shutil.rmtree(last, ignore_errors=True)
             (out / "README.md").unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(out / "args.json") as file:
-            json.dump(provenance(args, texts), file, indent=1)
-    if state:
-        model.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, best, history = state["step"], state["best"], state["history"]
+            json.dump(provenance(args, texts, validation), file, indent=1)
+    if resumed:
+        start, best, history = load_checkpoint(last / "checkpoint.pt", model, optimizer, args.steps)
         say(f"{out}: going on after step {start:,}")
     log = Log(args, start) if rank == 0 else None
 
@@ -1049,10 +1206,9 @@ def train(args, rank: int, world: int) -> int:
     batches = Batches(source, texts, model.tokenize, args, rank, world)
     workers = (0 if texts.folder else 2) if args.workers is None else args.workers
     loader = iter(batches.loader(start, args.steps, workers))
-    bar = tqdm(total=args.steps, initial=start, desc=f"{args.backbone} {args.loss}", unit=" steps",
-               disable=None if rank == 0 else True)
+    bar = Progress(total=args.steps, initial=start, desc=f"{args.out.name}", unit=" steps")
     model.train()
-    mark, waited, pairs, tokens, total, since = time.perf_counter(), 0.0, 0, 0, 0.0, start
+    mark, waited, pairs, tokens, total, since, idle, speed = time.perf_counter(), 0.0, 0, 0, 0.0, start, 0, ""
     every = max(min(args.eval_every, args.steps) // 10, 1)
     with Stop() as stop:
         for k in range(start, args.steps):
@@ -1068,8 +1224,10 @@ def train(args, rank: int, world: int) -> int:
             if logs or validates:
                 finished += step.flush()
             total += sum(loss for loss, _ in finished)
+            idle += sum(norm == 0 for _, norm in finished)
             pairs += int(batch["lengths"].sum())
             tokens += sum(map(len, batch["queries"])) + sum(map(len, batch["documents"]))
+            bar.set_postfix_str(f"loss {total / (done - since):.4f}{speed}", refresh=False)
             bar.update()
             if rank == 0 and logs:
                 seconds = time.perf_counter() - mark
@@ -1080,9 +1238,8 @@ def train(args, rank: int, world: int) -> int:
                            pairs_per_second=pairs / seconds, tokens_per_second=tokens * world / seconds,
                            waiting=waited / seconds, memory_gib=memory)
                 log(**row)
-                bar.set_postfix_str(
-                    f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, {row['pairs_per_second']:,.0f} pairs/s, "
-                    f"{row['tokens_per_second']:,.0f} tokens/s, waiting {row['waiting']:.0%}, {memory:.1f} GiB")
+                speed = (f", lr {row['lr']:.1e}, {row['pairs_per_second']:,.0f} pairs/s, "
+                         f"{row['tokens_per_second']:,.0f} tokens/s, waiting {row['waiting']:.0%}, {memory:.1f} GiB")
                 mark, waited, pairs, tokens, total, since = time.perf_counter(), 0.0, 0, 0, 0.0, done
             if validates:
                 measured(done)
@@ -1100,6 +1257,8 @@ def train(args, rank: int, world: int) -> int:
                 say(f"{signal.Signals(halt).name}: stopped after step {done:,}, checkpoint written; --resume goes on")
                 return 128 + halt
     bar.close()
+    if idle:
+        say(f"{idle:,} of {args.steps - start:,} steps had no gradient: their lists held nothing to learn")
     if rank == 0:
         if not validation.sets:
             save_model(model, out)
@@ -1157,10 +1316,10 @@ def model_card(args, history, table: str) -> str:
     validation = "Not validated: the weights of the last step."
     if history:  # the kept model is that of the first best score; its row of the log has the score of each set
         best = max(history, key=lambda row: row[1])[0]
-        rows = map(json.loads, (args.out / "log.jsonl").read_text(encoding="utf-8").splitlines())
-        row = next(row for row in rows if row["step"] == best and "score" in row)
-        cells = [f"| {name} | {row[key]:.4f} |" for name, key in
-                 [*((name, name) for name in args.eval_dataset if name in row), ("mean", "score")]]
+        rows = [row for row in Log.read(args.out / "log.jsonl")[0] if row["step"] == best]
+        known = {k: v for row in rows for k, v in row.items() if isinstance(v, float)}
+        known["mean"] = max(score for _, score in history)
+        cells = [f"| {name} | {known[name]:.4f} |" for name in [*args.eval_dataset, "mean"] if name in known]
         validation = "\n".join([f"Step {best:,} is kept; its validation on BM25's first {args.eval_depth}:", "",
                                 f"| dataset | {args.eval_measure} |", "|---|---:|", *cells])
     if table:

@@ -83,7 +83,8 @@ def build_tiny(texts: list[str], seed: int):
         model = BertForSequenceClassification(config).eval()
         orthogonal = [torch.nn.init.orthogonal_(torch.empty(HIDDEN, HIDDEN)) for _ in range(3)]
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    frequency = np.bincount(np.concatenate([np.unique(e.ids) for e in encodings]), minlength=vocabulary)
+    distinct = [np.unique(np.asarray(e.ids, np.int64)) for e in encodings]  # as integers even where there are none
+    frequency = np.bincount(np.concatenate(distinct), minlength=vocabulary)
     rarity = np.log(1 + len(texts) / (1 + frequency))
 
     words = np.zeros((vocabulary, HIDDEN), dtype=np.float32)
