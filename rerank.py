@@ -60,11 +60,14 @@ def say(message: str) -> None:
 class Progress(tqdm):
     """tqdm on rank 0: a bar on a terminal; elsewhere, as in a log file, a line every 30 seconds."""
 
+    every = 30
+
     def __init__(self, *args, disable=False, **settings) -> None:
         self.lines = not sys.stderr.isatty()
         if self.lines:
-            settings |= dict(mininterval=30, maxinterval=30, delay=30, miniters=1, position=0, bar_format="{desc}: "
-                             "{n_fmt}/{total_fmt}{unit} in {elapsed}, {remaining} to go, {rate_fmt}{postfix}")
+            settings |= dict(mininterval=self.every, maxinterval=self.every, delay=self.every, miniters=1, position=0,
+                             bar_format="{desc}: {n_fmt}/{total_fmt}{unit} in {elapsed}, {remaining} to go, "
+                                        "{rate_fmt}{postfix}")
         super().__init__(*args, disable=disable or int(os.environ.get("RANK", 0)) > 0, **settings)
 
     def status_printer(self, file):
@@ -189,7 +192,8 @@ class Texts:
                     found[docid] = _document_text(json.loads(self._line(self._where[docid])))
             return found
         with self._fetching():
-            return {d: self._text(doc) for d, doc in self._store.get_many(list(docids)).items()}
+            found = self._store.get_many(list(docids))
+            return {check_id(d, self.name): self._text(doc) for d, doc in found.items()}
 
     def _text(self, row) -> str:
         """Text of a query or document of ir_datasets."""
@@ -356,6 +360,15 @@ def pydocs_folder() -> Path:
 # ------------------------------------------------------------------------------------------------ first stages
 
 
+@contextlib.contextmanager
+def from_cache(path: Path) -> Iterator[None]:
+    """Inside, a file or folder of the cache is read; BadInput where it is damaged."""
+    try:
+        yield
+    except Exception as e:  # whatever numpy and bm25s make of it
+        raise BadInput(f"{path}: damaged ({str(e)[:100]}); remove it: it is made anew") from e
+
+
 def bm25(texts: Texts, queries: dict[str, str], depth: int) -> dict[str, dict[str, float]]:
     """BM25 (bm25s, Lucene's variant, k1=0.9, b=0.4, English stop words, Snowball stemmer) as a run.
 
@@ -387,8 +400,9 @@ def bm25(texts: Texts, queries: dict[str, str], depth: int) -> dict[str, dict[st
         (temporary / "docids.txt").write_text("\n".join(docids), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
-    docids = (folder / "docids.txt").read_text(encoding="utf-8").split("\n")
+    with from_cache(folder):
+        index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+        docids = (folder / "docids.txt").read_text(encoding="utf-8").split("\n")
     words = bm25s.tokenize(
         list(queries.values()), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
     )
@@ -455,8 +469,9 @@ def splade(texts: Texts, queries: dict[str, str], depth: int, name: str) -> dict
             np.save(temporary / f"{part}.npy", getattr(matrix, part))
         (temporary / "docids.txt").write_text("\n".join(docids), encoding="utf-8")
         temporary.rename(folder)
-    docids = (folder / "docids.txt").read_text(encoding="utf-8").split("\n")
-    data, indices, indptr = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("data", "indices", "indptr"))
+    with from_cache(folder):
+        docids = (folder / "docids.txt").read_text(encoding="utf-8").split("\n")
+        data, indices, indptr = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("data", "indices", "indptr"))
     vectors, run = encode(list(queries.values())), {}
     for row, qid in enumerate(Progress(queries, desc="SPLADE", unit=" queries", leave=False)):
         scores, query = np.zeros(len(docids), np.float32), vectors[[row]]
@@ -756,6 +771,8 @@ def locked(out: Path) -> Iterator[None]:
     """Inside, this process alone writes `out`. The system gives the lock beside it back when the process ends, by
     whatever cause; it is not inherited by forked workers. BadInput names the process that holds it."""
     path = out.with_name(f".{out.name}.lock")
+    if not path.parent.is_dir():
+        raise BadInput(f"{out}: the folder {path.parent} does not exist")
     if int(os.environ.get("RANK", 0)):  # rank 0 has it for all
         yield
         return
@@ -778,7 +795,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def refuse_overwrite(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
-    """Raises BadInput where `path` exists and --overwrite was not given, is one of `inputs`, or cannot be made."""
+    """Raises BadInput where `path` is a folder or one of `inputs`, or exists and --overwrite was not given."""
     if path.is_dir():
         raise BadInput(f"{path}: a folder; --out names the file to write")
     for file in inputs:
@@ -786,8 +803,6 @@ def refuse_overwrite(path: Path, overwrite: bool, inputs: Iterable[Path | None] 
             raise BadInput(f"{path}: is read by this very command; --out names another file")
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists; give --overwrite to replace it, or another --out")
-    if not path.parent.is_dir():
-        raise BadInput(f"{path}: the folder {path.parent} does not exist")
 
 
 def join_processes() -> tuple[int, int]:
@@ -964,8 +979,8 @@ def main() -> int:
     args = parser.parse_args()
     from kernels.encoder import CrossEncoder  # here, so that --help and usage errors need no torch
 
-    if args.query is not None and (args.dataset or args.run or args.first_stage or args.out):
-        parser.error("--query ranks the lines of a file: no --dataset, --run, --first-stage or --out with it")
+    if args.query is not None and (args.dataset or args.run or args.first_stage or args.out or args.long_docs == "max"):
+        parser.error("--query ranks lines of a file: no --dataset, --run, --first-stage, --out or --long-docs with it")
     if args.query is None and args.file != "-":
         parser.error(f"{args.file}: a file of lines goes with --query TEXT")
     if args.query is None:
@@ -974,18 +989,14 @@ def main() -> int:
         if (args.run is None) == (args.first_stage is None):
             parser.error("give either --run FILE or --first-stage bm25|scoreddocs")
         refuse_overwrite(args.out, args.overwrite, inputs=[args.run])
-    join_processes()
-    model = CrossEncoder.from_pretrained(
-        args.model, dtype=args.dtype, device=args.device, query_length=args.query_length, doc_length=args.doc_length
-    ).eval()
-    if args.long_docs == "max" and args.stride > model.doc_length:
-        parser.error(f"--stride {args.stride}: beyond the {model.doc_length} tokens of a passage, so that text between "
-                     "passages would never be scored; lower it")
-    if args.query is not None:
-        print_ranking(model, args.query, args.file, args.max_tokens)
-        return 0
-    with locked(args.out):
-        rerank(model, args)
+    with locked(args.out) if args.out else contextlib.nullcontext():
+        join_processes()
+        model = CrossEncoder.from_pretrained(args.model, dtype=args.dtype, device=args.device,
+                                             query_length=args.query_length, doc_length=args.doc_length).eval()
+        if args.query is not None:
+            print_ranking(model, args.query, args.file, args.max_tokens)
+        else:
+            rerank(model, args)
     return 0
 
 
@@ -1012,9 +1023,14 @@ def print_ranking(model, query: str, file: str, max_tokens: int | None) -> None:
 
 def rerank(model, args) -> None:
     """The candidates re-scored and written, with what it took in OUT.json."""
+    if args.long_docs == "max" and args.stride > model.doc_length:
+        raise BadInput(f"--stride {args.stride}: beyond the {model.doc_length} tokens of a passage, so that the text "
+                       "between passages would never be scored; lower it")
     with rank_0_first():
         texts = Texts(args.dataset)
         run = first_stage(texts, args.run, args.first_stage, args.depth, args.skip_missing)
+    if not any(run.values()):
+        raise BadInput(f"{args.run or args.first_stage}: no document to score; is it a run on {args.dataset}?")
     scorer = PairScorer(model, texts, run, args.max_tokens, args.long_docs, args.stride, args.skip_missing)
     plan = {k: str(v) for k, v in vars(args).items() if k not in ("out", "overwrite", "query", "file")}
     plan |= {"model": model_stamp(args.model), "corpus": texts.fingerprint(), "queries": texts.digest(),

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter, deque
 from functools import partial
 from pathlib import Path
@@ -67,8 +68,10 @@ from rerank import (
     downloads,
     first_stage,
     first_stage_name,
+    from_cache,
     join_processes,
     line_of,
+    locked,
     model_stamp,
     rank_0_first,
     say,
@@ -79,26 +82,13 @@ from rerank import (
 def import_torch() -> None:
     """What takes seconds to import: as a command, once its flags are read, so that --help and a wrong flag come at
     once."""
-    global CrossEncoder, dist, losses, default_max_tokens, dropout_from, first_line, in_threads, kept_bytes
-    global micro_batches, native_bf16, on_gpu, to_device, to_host, torch
+    global attention, dist, encoder, linears, losses, torch
     # Before kernels.encoder's own 16: in bf16 the attention of every length takes products of its own, both ways.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     import torch
     import torch.distributed as dist
 
-    from kernels import losses
-    from kernels.attention import dropout_from, on_gpu
-    from kernels.encoder import (
-        CrossEncoder,
-        default_max_tokens,
-        first_line,
-        in_threads,
-        kept_bytes,
-        micro_batches,
-        to_device,
-        to_host,
-    )
-    from kernels.linears import native_bf16
+    from kernels import attention, encoder, linears, losses
 
 
 if __name__ != "__main__":
@@ -170,7 +160,8 @@ class Triples:
         index = CACHE / f"lines-{key}.npy"
         if not index.is_file():
             self._index(index)
-        self.offsets = np.load(index, mmap_mode="r")
+        with from_cache(index):
+            self.offsets = np.load(index, mmap_mode="r")
         with open(path, "rb") as file:
             self.columns = len(file.readline().split(b"\t"))
         self.file = open(path, "rb")  # noqa: SIM115
@@ -197,10 +188,10 @@ class Triples:
             if unknown or qid not in texts.all_queries:
                 what = f"document {unknown[0][:60]!r}" if unknown else f"query {qid[:60]!r}"
                 raise BadInput(f"{self.where(i)}: {what} is not in dataset {texts.name}")
-            tied = self.loss == "ranknet" and np.float32(targets[0]) == np.float32(targets[1])
-            why = "the teacher's scores tie" * tied or "their query is of another split" * (qid in elsewhere)
-            if why:
-                left[why] += 1
+            if qid in elsewhere:
+                left["their query is of another split"] += 1
+            elif self.loss == "ranknet" and np.float32(targets[0]) == np.float32(targets[1]):
+                left["the teacher's scores tie"] += 1
             else:
                 rows.append(i)
         for why, number in left.items():
@@ -301,7 +292,8 @@ class Lists:
         labelled = not self.teacher or shared
         self.queries, self.positives, self.sizes, rows = [], [], [], []  # rows of `run` that a list is drawn from
         skipped, filtered, short, longest, elsewhere = Counter(), 0, 0, 0, texts.other_splits()
-        scores = run.values.astype(np.float32)
+        with np.errstate(over="ignore"):
+            scores = run.values.astype(np.float32)
         if self.teacher and not np.isfinite(scores).all():
             i = np.searchsorted(run.starts, np.flatnonzero(~np.isfinite(scores))[0], "right") - 1
             raise BadInput(f"{run_path}: query {run.qids[i]!r} has scores beyond the range of single precision")
@@ -492,8 +484,8 @@ class Step:
         self.flat = None  # every gradient in one buffer, where they are summed over ranks or threads
         self.unread = deque()  # (step, queries, loss and norm on their way from the card)
         config, device = model.model.config, model.device
-        self.on_gpu = on_gpu(device)
-        self.max_tokens = args.max_tokens or default_max_tokens(device, training=True)
+        self.on_gpu = attention.on_gpu(device)
+        self.max_tokens = args.max_tokens or encoder.default_max_tokens(device, training=True)
         self.keep = None if self.on_gpu else self.max_tokens  # None: by the memory that is free at the first step
         if self.on_gpu and optimizer:
             if not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -514,7 +506,7 @@ class Step:
     def _forward(self, batch, part, seed, gradient):
         device = self.model.device
         packed = self.model.pack([batch["queries"][i] for i in part], [batch["documents"][i] for i in part])
-        with (torch.set_grad_enabled(gradient), dropout_from(seed, device),
+        with (torch.set_grad_enabled(gradient), attention.dropout_from(seed, device),
               torch.autocast(device.type, torch.bfloat16, enabled=self.args.dtype == "bfloat16")):
             return self.model(packed)
 
@@ -523,14 +515,14 @@ class Step:
         device = self.model.device
         lengths = [self.model.pair_length(len(q), len(d))
                    for q, d in zip(batch["queries"], batch["documents"], strict=True)]
-        parts = micro_batches(lengths, self.max_tokens, 1 if self.on_gpu else torch.get_num_threads())
-        each = map if self.on_gpu else partial(in_threads, spare=True)
+        parts = encoder.micro_batches(lengths, self.max_tokens, 1 if self.on_gpu else torch.get_num_threads())
+        each = map if self.on_gpu else partial(encoder.in_threads, spare=True)
         seeds = [hash_of(self.args.seed, k, self.rank, m) for m in range(len(parts))]
         if self.keep is None:
             self.keep = max(self._room(), self.max_tokens)
         one_pass = len(parts) <= 1 or sum(lengths) <= self.keep
         order = torch.tensor([i for part in parts for i in part], dtype=torch.int64)
-        place, targets, listed = to_device(device, batch["own"][order], batch["targets"], batch["lengths"])
+        place, targets, listed = encoder.to_device(device, batch["own"][order], batch["targets"], batch["lengths"])
         outs = self._agreed(
             lambda: list(each(lambda m: self._forward(batch, parts[m], seeds[m], one_pass), range(len(parts)))))
         flat = torch.cat(outs) if outs else torch.zeros(0, device=device)
@@ -571,7 +563,7 @@ class Step:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         copies = 1 if self.optimizer and self.optimizer.state else 3
         free -= 4 * copies * sum(p.numel() for p in self.parameters)
-        return max(int(0.8 * free), 0) // kept_bytes(self.model.model.config, getattr(torch, self.args.dtype))
+        return max(int(0.8 * free), 0) // encoder.kept_bytes(self.model.model.config, getattr(torch, self.args.dtype))
 
     def _sums(self) -> list:
         """Where gradients are added up: zeros, in one buffer that is the same in every step. None on a single GPU,
@@ -652,7 +644,7 @@ class Step:
         """Clips the gradients and lets AdamW take them, but where the loss or their norm is not finite."""
         if not self.on_gpu:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip)
-            self.unread.append((k, qids, to_host(torch.stack([loss, norm.to(loss.dtype)]))))
+            self.unread.append((k, qids, encoder.to_host(torch.stack([loss, norm.to(loss.dtype)]))))
             finished = self.flush()
             self.optimizer.step()
         else:
@@ -661,7 +653,7 @@ class Step:
             torch._amp_foreach_non_finite_check_and_unscale_([figures], self.optimizer.found_inf, self.one)
             self.optimizer.grad_scale = (norm / self.args.clip).clamp(min=1.0)  # AdamW divides by it
             self.optimizer.step()
-            self.unread.append((k, qids, to_host(figures)))
+            self.unread.append((k, qids, encoder.to_host(figures)))
             finished = self.flush(but=1)
         self.optimizer.zero_grad()
         return finished
@@ -751,6 +743,8 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 def load_checkpoint(path: Path, model, optimizer, steps: int) -> tuple[int, float, list]:
     """(step, best score, history) of a checkpoint whose weights and optimizer state are put in place."""
     try:
+        if wrong := zipfile.ZipFile(path).testzip():  # torch looks at no checksum
+            raise ValueError(f"{wrong}: wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -771,10 +765,11 @@ def begun_with(path: Path) -> dict:
 
 
 def damaged(path: Path, error: Exception) -> BadInput:
-    return BadInput(f"{path}: damaged ({first_line(error)}); put a copy in its place, or --overwrite starts afresh")
+    why = encoder.first_line(error)[:160]
+    return BadInput(f"{path}: damaged ({why}); put a copy in its place, or --overwrite starts afresh")
 
 
-def save_model(model: CrossEncoder, folder: Path) -> None:
+def save_model(model: encoder.CrossEncoder, folder: Path) -> None:
     """The model in Hugging Face's layout, each file put in place whole, the weights last."""
     temporary = folder / ".model.new"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -799,17 +794,17 @@ def sync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
-def load_backbone(args, texts) -> CrossEncoder:
+def load_backbone(args, texts) -> encoder.CrossEncoder:
     """The model to train in float32, its fresh weights drawn from --seed."""
     torch.manual_seed(hash_of(args.seed, "head"))
     if args.backbone == "tiny":
         from kernels.tiny import build_tiny
 
         built, tokenizer = build_tiny([text for _, text in texts.corpus()], args.seed)
-        return CrossEncoder(built, tokenizer, args.query_length, args.doc_length)
+        return encoder.CrossEncoder(built, tokenizer, args.query_length, args.doc_length)
     name = BACKBONES[args.backbone][0] if args.backbone in BACKBONES else args.backbone
-    model = CrossEncoder.from_pretrained(name, dtype="float32", device=args.device, query_length=args.query_length,
-                                         doc_length=args.doc_length)
+    model = encoder.CrossEncoder.from_pretrained(name, "float32", args.device, args.query_length, args.doc_length,
+                                                 fresh_head=True)
     if model.new_weights:
         say(f"{name}: {len(model.new_weights)} new weights drawn from --seed: {', '.join(model.new_weights)}")
     return model
@@ -948,7 +943,7 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
         known = {name: at_least(1)(str(known.get(name, value))) for name, value in
                  (("query_length", 32), ("doc_length", 256))}
     except (ValueError, AttributeError, RecursionError, argparse.ArgumentTypeError) as e:
-        raise BadInput(f"{config}: not the config of a model ({first_line(e)})") from e
+        raise BadInput(f"{config}: not the config of a model ({encoder.first_line(e)})") from e
     default("depth", 500 if args.lists == "colbert" else 100)
     default("eval_depth", 100)
     default("query_length", known["query_length"])
@@ -968,7 +963,8 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
         args.eval_dataset = list(SUITES["nanobeir"]["NanoBEIR"].values())
     if args.dtype == "auto":
         has_gpu = args.device != "cpu" and torch.cuda.is_available()
-        args.dtype = "bfloat16" if has_gpu and native_bf16("cuda") else "float32"  # on a CPU the same bits everywhere
+        narrow = has_gpu and linears.native_bf16("cuda")
+        args.dtype = "bfloat16" if narrow else "float32"  # on a CPU the same bits everywhere
     if args.warmup > args.steps:
         raise BadInput(f"--warmup {args.warmup}: longer than --steps {args.steps}")
     return args
@@ -1274,7 +1270,7 @@ def finish(args, model, history) -> None:
     if name == "pydocs" or (Path(name) / "qrels" / "test.tsv").is_file():
         texts = Texts(name, split="test")
         run = first_stage(texts, None, "bm25", args.eval_depth)
-        best = CrossEncoder.from_pretrained(args.out, dtype="float32", device=model.device.type)
+        best = encoder.CrossEncoder.from_pretrained(args.out, dtype="float32", device=model.device.type)
         scores = score_run(best, texts, run, args.max_tokens, progress="test")
         measures = ["nDCG@10", "RR@10", "AP"]
         row = args.out.name + " (COLLAPSED: all scores equal)" * collapsed(scores)
@@ -1385,8 +1381,10 @@ def main() -> int:
         print(plan(args), *files(args), f"out        {args.out}", sep="\n")
         return 0
     rank, world = join_processes()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return train(args, rank, world)
+        with locked(args.out):
+            return train(args, rank, world)
     except OSError as e:
         if e.errno in FULL:
             raise BadInput(f"{args.out}: cannot write ({e.strerror}); {checkpoint_kept(args.out)}. Free some space and "

@@ -358,7 +358,8 @@ class CrossEncoder(nn.Module):
     # -- files ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, name, dtype="float32", device="auto", query_length=None, doc_length=None):
+    def from_pretrained(cls, name, dtype="float32", device="auto", query_length=None, doc_length=None,
+                        fresh_head=False):
         """A model folder or hub id. dtype of the weights: "float32", "bfloat16", a torch.dtype or "auto": bfloat16
         where the device has it in hardware, float32 else. The lengths default to those the model was saved with,
         else 32 and 256.
