@@ -398,8 +398,9 @@ def bm25(texts: Texts, queries: dict[str, str], depth: int) -> dict[str, dict[st
         temporary = Path(f"{folder}.{os.getpid()}")
         index.save(temporary, show_progress=False)
         (temporary / "docids.txt").write_text("\n".join(docids), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with contextlib.suppress(OSError):  # another process was faster
+            temporary.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
     with from_cache(folder):
         index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
         docids = (folder / "docids.txt").read_text(encoding="utf-8").split("\n")
@@ -468,7 +469,9 @@ def splade(texts: Texts, queries: dict[str, str], depth: int, name: str) -> dict
         for part in ("data", "indices", "indptr"):
             np.save(temporary / f"{part}.npy", getattr(matrix, part))
         (temporary / "docids.txt").write_text("\n".join(docids), encoding="utf-8")
-        temporary.rename(folder)
+        with contextlib.suppress(OSError):
+            temporary.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
     with from_cache(folder):
         docids = (folder / "docids.txt").read_text(encoding="utf-8").split("\n")
         data, indices, indptr = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("data", "indices", "indptr"))
@@ -770,9 +773,9 @@ def write_run(path: str | Path, run: dict[str, dict[str, float]], tag: str = "ru
 def locked(out: Path) -> Iterator[None]:
     """Inside, this process alone writes `out`. The system gives the lock beside it back when the process ends, by
     whatever cause; it is not inherited by forked workers. BadInput names the process that holds it."""
-    path = out.with_name(f".{out.name}.lock")
+    path = out.resolve().parent / f".{out.resolve().name}.lock"
     if not path.parent.is_dir():
-        raise BadInput(f"{out}: the folder {path.parent} does not exist")
+        raise BadInput(f"{out}: the folder {out.parent} does not exist")
     if int(os.environ.get("RANK", 0)):  # rank 0 has it for all
         yield
         return

@@ -750,6 +750,9 @@ def load_checkpoint(path: Path, model, optimizer, steps: int) -> tuple[int, floa
         optimizer.load_state_dict(state["optimizer"])
         if not 0 < state["step"] <= steps:
             raise ValueError(f"step {state['step']} of {steps}")
+        for p, kept in optimizer.state.items():
+            if kept["exp_avg"].shape != p.shape or kept["exp_avg_sq"].shape != p.shape or kept["step"] < 0:
+                raise ValueError("moments of other weights")
         return int(state["step"]), float(state["best"]), [[int(step), float(score)] for step, score in state["history"]]
     except Exception as e:  # whatever torch and pickle make of a damaged file
         raise damaged(path, e) from e
