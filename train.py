@@ -768,7 +768,7 @@ def begun_with(path: Path) -> dict:
 
 
 def damaged(path: Path, error: Exception) -> BadInput:
-    why = encoder.first_line(error)[:160]
+    why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     return BadInput(f"{path}: damaged ({why}); put a copy in its place, or --overwrite starts afresh")
 
 
@@ -946,7 +946,7 @@ def fill(args: argparse.Namespace) -> argparse.Namespace:
         known = {name: at_least(1)(str(known.get(name, value))) for name, value in
                  (("query_length", 32), ("doc_length", 256))}
     except (ValueError, AttributeError, RecursionError, argparse.ArgumentTypeError) as e:
-        raise BadInput(f"{config}: not the config of a model ({encoder.first_line(e)})") from e
+        raise BadInput(f"{config}: not the config of a model ({str(e)[:100]})") from e
     default("depth", 500 if args.lists == "colbert" else 100)
     default("eval_depth", 100)
     default("query_length", known["query_length"])

@@ -6,21 +6,21 @@ way serves training and scoring, CPU and GPU, and saving and loading stay Huggin
 
 import json
 import os
-import struct
+import re
+import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import Unigram
-from tokenizers.normalizers import BertNormalizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -36,15 +36,12 @@ from kernels.layers import (
     wide,
 )
 from kernels.linears import Joined, Narrow, by_modules, native_bf16
+from kernels.tokenizers import ModelError, check_deberta_tokenizer, check_vocabulary, load_tokenizer
 
 # oneDNN keeps the machine code of its last 1,024 products, megabytes for one number of rows: hundreds of MB where no
 # two batches are alike. Read at the first product. train.py keeps more: its attention takes a product per length.
 for cache_size in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(cache_size, "16")
-
-
-class ModelError(ValueError):
-    """A backbone, head or tokenizer that this project does not run, or that is not to be had; one line says why."""
 
 
 class NonFiniteScores(FloatingPointError):
@@ -135,10 +132,31 @@ FAMILIES = {
     "bert": ("bert", 1),
     "electra": ("electra", 1),
     "roberta": ("roberta", 2),
+    "xlm-roberta": ("roberta", 2),
     "modernbert": ("model", 1),
     "deberta-v2": ("deberta", 1),
 }
-WORKING = "BERT, MiniLM, ELECTRA, RoBERTa, ModernBERT/Ettin, DeBERTa-v2/v3"
+WORKING = "BERT, MiniLM, ELECTRA, RoBERTa, XLM-RoBERTa, ModernBERT/Ettin, DeBERTa-v2/v3"
+
+# The most of what a config.json counts: beyond it much time or memory goes before anything fails.
+LIMITS = {"num_hidden_layers": 1000, "max_position_embeddings": 1 << 20} | dict.fromkeys(
+    ("hidden_size", "embedding_size", "intermediate_size", "num_attention_heads", "vocab_size", "query_length",
+     "doc_length"), 1 << 30)
+# What the files of a body may hold beyond it: poolers, buffers, what DeBERTa's pretraining needed.
+LEFT = re.compile(r"pooler\.|_ids$|inv_freq$|\._weight$|position_embeddings.weight$")
+
+
+def check_counts(name) -> None:
+    """ModelError for a number in a model's config.json that no model has."""
+    for key, value in read_json(name, "config.json").items():
+        if key in LIMITS and (type(value) is not int or not 1 <= value <= LIMITS[key]):
+            raise ModelError(f"{name}: config.json: {key} is {json.dumps(value)[:40]}, 1 to {LIMITS[key]} is possible")
+
+
+def read_json(name, file) -> dict:
+    """A JSON object of a model folder or hub id."""
+    with from_hub(name, f"{file}: "), open(cached_file(name, file) or os.path.join(name, file), encoding="utf-8") as f:
+        return dict(json.load(f))
 
 
 def check_config(config) -> None:
@@ -160,6 +178,37 @@ def check_config(config) -> None:
             refuse("the convolution layer of DeBERTa-v2 xlarge (conv_kernel_size) is not supported")
         if not getattr(config, "relative_attention", False):
             refuse("DeBERTa without relative_attention is not supported")
+
+
+def check_weights(name, model, fresh_head) -> list[str]:
+    """The weights of a model that its files lack, a fresh head's; ModelError, without taking memory, where files and
+    model do not fit. model: what config.json describes, on the meta device."""
+    formats = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    present = (file for file in formats if cached_file(name, file, _raise_exceptions_for_missing_entries=False))
+    file = next(present, formats[0])
+    shards, there, here = [file], {}, dict(model.named_parameters())
+    if file.endswith(".json"):
+        shards = sorted(set(dict(read_json(name, file).get("weight_map", {})).values()))
+    body = FAMILIES[model.config.model_type][0] + "."
+    for file in shards:
+        with from_hub(name, f"{file}: "):
+            for weight, tensor in load_state_dict(cached_file(name, file), map_location="meta").items():
+                weight = weight.replace(".gamma", ".weight").replace(".beta", ".bias")  # the first BERTs' names
+                alone = weight.startswith(("embeddings", "encoder.", "layers.", "final_norm", "pooler."))
+                there[body + weight if alone and weight not in here else weight] = tensor
+    missing = [w for w in here if w not in there]
+    faults = [f"{w} is missing" for w in missing if not fresh_head or w.startswith(body) and "pooler." not in w]
+    faults += [f"{w} has no place" for w in there if w not in here and w.startswith(body) and not LEFT.search(w)]
+    for weight, wanted in here.items():
+        found = there.get(weight, wanted)
+        if weight.startswith("classifier") and len(found) > 1 == len(wanted) and found.shape[1:] == wanted.shape[1:]:
+            raise ModelError(f"{name}: the head has {len(found)} labels ({weight}), a cross-encoder needs one")
+        if found.shape != wanted.shape or not found.is_floating_point() or found.dtype.itemsize < 2:
+            faults.append(f"{weight} is {found.dtype} {[*found.shape]}, not floating-point {[*wanted.shape]}")
+    if faults:
+        raise ModelError(f"{name}: no trained cross-encoder (train.py makes one), or config.json is of another model: "
+                         f"{len(faults)} of its weights do not fit: {', '.join(faults[:4])}")
+    return missing
 
 
 class CrossEncoder(nn.Module):
@@ -186,15 +235,14 @@ class CrossEncoder(nn.Module):
             for part in filter(None, parts):
                 part.float()
         self.train(model.training)
+        check_vocabulary(tokenizer, model.config)
         cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-        if cls is None or sep is None:
-            raise ModelError(f"{tokenizer.name_or_path or 'the tokenizer'}: has no cls or sep token to join pairs with")
         self._before, self._between, self._after = [cls], [sep] * FAMILIES[model.config.model_type][1], [sep]
-        roberta = model.config.model_type == "roberta"
+        roberta = model.config.model_type in ("roberta", "xlm-roberta")
         self._first_position = model.config.pad_token_id + 1 if roberta else 0
         if model.config.model_type == "deberta-v2":
             check_deberta_tokenizer(tokenizer)
-        self._typed = getattr(model.config, "type_vocab_size", 0) > 1
+        self._typed = not roberta and getattr(model.config, "type_vocab_size", 0) > 1  # RoBERTa's tokenizers give 0
         self._check_pair_format()
         longest = self.pair_length(query_length, doc_length)
         if longest > self.max_positions:
@@ -218,12 +266,12 @@ class CrossEncoder(nn.Module):
         query, document = self.tokenize(["what is this", "a test of it"], None)
         packed = self.pack([query], [document])
         own = self.tokenizer("what is this", "a test of it", return_token_type_ids=True)
-        name = self.tokenizer.name_or_path or "the tokenizer"
-        if packed.input_ids.tolist() != own["input_ids"]:
-            raise ModelError(f"{name}: its own pair encoding is not the {self.model.config.model_type} format "
-                             "([CLS] query [SEP] document [SEP], RoBERTa with two separators): fix its post-processor")
-        if self._typed and packed.token_types.tolist() != own["token_type_ids"]:
-            raise ModelError(f"{name}: its own token types are not 0 for the query and 1 for the document")
+        ids, types = packed.input_ids.tolist(), packed.token_types.tolist()
+        if ids != own["input_ids"] or self._typed and types != own["token_type_ids"]:
+            name, family = self.tokenizer.name_or_path or "the tokenizer", self.model.config.model_type
+            raise ModelError(f"{name}: its own pair encoding or token types are not {family}'s ([CLS] query [SEP] "
+                             "document [SEP], types 0 and 1; RoBERTa: two separators, types 0): it is another model's "
+                             "tokenizer, put the model's own tokenizer files there")
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
@@ -232,7 +280,12 @@ class CrossEncoder(nn.Module):
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()  # a tokenizer.json may bring its own limit and padding
         backend.no_padding()
-        ids = [np.asarray(e.ids, dtype=np.int32) for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:  # a lone surrogate is no character: U+FFFD in its place
+            texts = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]
+            encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [np.asarray(e.ids, dtype=np.int32) for e in encoded]
         if max_length is None:
             return ids
         self.truncated += sum(len(i) > max_length for i in ids)
@@ -276,7 +329,7 @@ class CrossEncoder(nn.Module):
         run = self._modernbert if self.model.config.model_type == "modernbert" else self._post_norm
         x = wide(run(self.body, batch, project, dtype))
         model, kind = self.model, self.model.config.model_type
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type.replace("meta", "cpu"), enabled=False):  # it knows no meta device
             if kind == "modernbert":
                 logits = model.classifier(model.drop(model.head(x)))
             elif kind == "bert":  # the heads take the first of a sequence of one
@@ -362,8 +415,9 @@ class CrossEncoder(nn.Module):
                         fresh_head=False):
         """A model folder or hub id. dtype of the weights: "float32", "bfloat16", a torch.dtype or "auto": bfloat16
         where the device has it in hardware, float32 else. The lengths default to those the model was saved with,
-        else 32 and 256.
-        ModelError: not to be had, an unsupported backbone, a head of more than one label, a wrong tokenizer.
+        else 32 and 256. fresh_head: a head that the files lack is drawn at random, for training.
+        ModelError: not to be had or damaged, an unsupported backbone, weights missing or left over, a head of more than
+        one label, a wrong tokenizer.
         """
         name = str(name)
         if device == "auto":
@@ -371,20 +425,25 @@ class CrossEncoder(nn.Module):
         if dtype == "auto":
             dtype = "bfloat16" if native_bf16(device) else "float32"
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        with from_hub(name):
-            config = AutoConfig.from_pretrained(name)
-        config.num_labels = 1
-        check_config(config)
         with from_hub(name), quiet():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, dtype=dtype, output_loading_info=True)
-        with from_hub(name):
-            tokenizer = load_tokenizer(name, config)
-        query_length = query_length or getattr(config, "query_length", 32)
-        doc_length = doc_length or getattr(config, "doc_length", 256)
-        encoder = cls(model.to(device).eval(), tokenizer, query_length, doc_length)
-        encoder.new_weights = sorted(report["missing_keys"])
-        return encoder
+            check_counts(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            config.num_labels = 1
+            check_config(config)
+            with from_hub(name, "tokenizer: "):
+                tokenizer = load_tokenizer(name, config)
+            query_length = query_length or getattr(config, "query_length", 32)
+            doc_length = doc_length or getattr(config, "doc_length", 256)
+            with from_hub(name, "config.json: "):
+                with torch.device("meta"):  # what it describes, without its memory
+                    model = AutoModelForSequenceClassification.from_config(config)
+                draft = cls(model.eval(), tokenizer, query_length, doc_length)
+                draft(draft.pack(*[draft.tokenize([""], 0)] * 2))
+            new_weights = check_weights(name, model, fresh_head)
+            model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=dtype)
+            encoder = cls(model.eval(), tokenizer, query_length, doc_length)
+            encoder.new_weights = new_weights
+        return encoder.to(device)
 
     def save_pretrained(self, folder) -> None:
         """Hugging Face layout; peers get raw logits: one label, and sentence-transformers' activation the identity."""
@@ -393,13 +452,15 @@ class CrossEncoder(nn.Module):
         config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
         with quiet():
             self.model.save_pretrained(folder)
+        for file in Path(folder).glob("*.safetensors"):  # written for the owner alone
+            shutil.copymode(Path(folder, "config.json"), file)
+        longest = self.pair_length(self.query_length, self.doc_length)
+        self.tokenizer.model_max_length = min(longest, self.max_positions)  # peers cut where the training did
         self.tokenizer.save_pretrained(folder)
         # transformers 5 writes a class name that transformers 4 does not know for the one both know
-        path = os.path.join(folder, "tokenizer_config.json")
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
+        path = Path(folder, "tokenizer_config.json")
+        text = path.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        path.write_text(text, encoding="utf-8")
 
     # -- scoring --------------------------------------------------------------------------------------------------
 
@@ -417,8 +478,13 @@ class CrossEncoder(nn.Module):
             return self(self.pack([query_ids[i] for i in part], [doc_ids[i] for i in part]))
 
         def run():
-            with evaluating(self):
+            if not self.training:
                 return list((map if ahead else in_threads)(work, parts))
+            self.eval()
+            try:
+                return run()
+            finally:
+                self.train()
 
         arrive = None
         if ahead and parts:
@@ -527,19 +593,6 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none
 
 
 @contextmanager
-def evaluating(module):
-    """module in eval() inside, in the mode it had after."""
-    training = module.training
-    if training:
-        module.eval()
-    try:
-        yield
-    finally:
-        if training:
-            module.train()
-
-
-@contextmanager
 def quiet():
     """Loading prints a bar and a table of fresh weights: `new_weights` says it once, to whom it concerns."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
@@ -554,134 +607,23 @@ def quiet():
 
 
 @contextmanager
-def from_hub(name):
-    """Hugging Face's errors while loading `name`, as one line that says what to do."""
+def from_hub(name, part=""):
+    """Whatever goes wrong while somebody's model `name` is read, as one line that says what to do."""
     try:
         yield
-    except ModelError:
+    except (KeyboardInterrupt, SystemExit):
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
-        if os.path.isdir(name):
-            raise ModelError(f"{name}: cannot be loaded as a model folder: {first_line(e)}") from e
-        raise ModelError(
-            f"{name}: neither a folder here nor to be had from the hub ({first_line(e)}). Without a network pass a "
-            f"folder (`hf download {name} --local-dir FOLDER` elsewhere) or set HF_HUB_OFFLINE=1 to use the cache alone"
-        ) from e
-
-
-def first_line(error) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tokenizers. transformers 5 builds DeBERTa's from the vocabulary alone (DebertaV2Tokenizer.__init__: Unigram with
-# byte_fallback=False, and Replace, NFC, Strip for a normaliser), whatever spm.model or tokenizer.json say: the
-# SentencePiece character map and the byte fallback are gone without a word, other ids in one passage of five.
-
-# Text and its ids by the DeBERTa-v3 vocabulary: the character map, the byte fallback, white space, plain words.
-DEBERTA_V3_CHECK = {
-    "hello world": [12018, 447],
-    "you\u2026\u00a0\u00a0you\u2026": [274, 260, 260, 260, 274, 260, 260, 260],
-    "\U0001f999\ua64a": [507, 244, 163, 170, 157, 238, 157, 142],
-    "\u2581This \u2581is \u2581a \u2581test \u2581.": [329, 269, 266, 1010, 323],
-}
-
-
-def load_tokenizer(name, config):
-    """The fast tokenizer of a model folder or hub id; ModelError where it is known to be a wrong one."""
-    if config.model_type == "deberta-v2":
-        return deberta_tokenizer(name)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if not tokenizer.is_fast:
-        raise ModelError(f"{name}: has no fast tokenizer (tokenizer.json)")
-    # microsoft/MiniLM-L12-H384-uncased and its like: an uncased vocabulary whose files do not say lower case.
-    backend, words = tokenizer.backend_tokenizer, tokenizer.get_vocab()
-    if isinstance(backend.normalizer, BertNormalizer) and not backend.normalizer.lowercase:
-        if not any(word.strip("[]#").isalpha() and word != word.lower() and word[0] != "[" for word in words):
-            backend.normalizer = BertNormalizer(lowercase=True)
-    return tokenizer
-
-
-def deberta_tokenizer(name):
-    """DeBERTa-v2/v3's tokenizer from spm.model, or from tokenizer.json as it stands where there is no spm.model."""
-    files = ("spm.model", "tokenizer.json", "tokenizer_config.json")
-    spm, ready, settings = (cached_file(name, f, _raise_exceptions_for_missing_entries=False) for f in files)
-    if settings:
-        with open(settings, encoding="utf-8") as f:
-            settings = json.load(f)
-        for variant in ("do_lower_case", "split_by_punct"):
-            if settings.get(variant):
-                raise ModelError(f"{name}: {variant} in tokenizer_config.json is not supported for DeBERTa")
-    if spm:
-        backend = sentencepiece_tokenizer(spm)
-    elif ready:
-        backend = Tokenizer.from_file(ready)
-    else:
-        raise ModelError(f"{name}: has neither spm.model nor tokenizer.json, DeBERTa's tokenizer cannot be built")
-    special = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("cls", "sep", "pad", "unk", "mask")}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=(settings or {}).get("model_max_length", 512), name_or_path=name,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"], **special)
-    check_deberta_tokenizer(tokenizer)
-    return tokenizer
-
-
-def check_deberta_tokenizer(tokenizer) -> None:
-    """ModelError for a tokenizer over DeBERTa-v3's vocabulary that gives other ids than the model was trained on."""
-    if tokenizer.convert_tokens_to_ids("\u2581hello") != 12018:
-        return  # another vocabulary: nothing known to hold it against
-    for text, ids in DEBERTA_V3_CHECK.items():
-        if (given := tokenizer(text, add_special_tokens=False)["input_ids"]) != ids:
-            raise ModelError(
-                f"{tokenizer.name_or_path or 'the tokenizer'}: wrong DeBERTa-v3 tokenizer, {text!r} gives {given}, "
-                f"not {ids} (its character map or byte fallback is lost): put the model's spm.model into the folder")
-
-
-def sentencepiece_tokenizer(path) -> Tokenizer:
-    """A tokenizers.Tokenizer equal to a SentencePiece unigram model with DeBERTa's [CLS] A [SEP] B [SEP] template."""
-    with open(path, "rb") as f:
-        model = list(protobuf_fields(f.read()))
-    # field numbers of sentencepiece_model.proto: pieces 1 (piece 1, score 2), trainer_spec 2 (model_type 3,
-    # byte_fallback 35, unk_id 40), normalizer_spec 3 (precompiled_charsmap 2)
-    pieces = [dict(protobuf_fields(value)) for number, value in model if number == 1]
-    trainer, normalizer = (dict(protobuf_fields(dict(model).get(n, b""))) for n in (2, 3))
-    if trainer.get(3, 1) != 1:
-        raise ModelError(f"{path}: not a unigram SentencePiece model")
-    vocab = [(p[1].decode(), struct.unpack("<f", p.get(2, bytes(4)))[0]) for p in pieces]
-    tokenizer = Tokenizer(Unigram(vocab, unk_id=trainer.get(40, 0), byte_fallback=bool(trainer.get(35, 0))))
-    steps = [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if normalizer.get(2):
-        steps.insert(1, normalizers.Precompiled(normalizer[2]))
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True)
-                                  for t in ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")])
-    return tokenizer
-
-
-def protobuf_fields(data: bytes):
-    """(field number, value) of a serialised protobuf message: int for varints, bytes for everything else."""
-    at = 0
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            value |= (byte & 127) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
+    except BaseException as e:  # a panic of the tokenizers is no Exception
+        why = " ".join(f"{part}{type(e).__name__}: {e}".split())[:180]
+        if isinstance(e, ModelError):
+            why = str(e)
+        elif os.path.isdir(name):
+            why = f"{name}: cannot be loaded as a model folder: {why}"
         else:
-            size = varint() if kind == 2 else 8 if kind == 1 else 4
-            yield number, data[at : at + size]
-            at += size
+            why = (f"{name}: neither a folder here nor to be had from the hub ({why}). Without a network pass a folder "
+                   f"(`hf download {name} --local-dir FOLDER` elsewhere) or set HF_HUB_OFFLINE=1 to use the cache")
+        pointers = [p.name for p in sorted(Path(name).glob("*")) if p.is_file() and p.stat().st_size < 1024
+                    and p.read_bytes().startswith(b"version https://git-lfs")]
+        if pointers and "Git LFS" not in why:
+            why += f"; {', '.join(pointers)}: a Git LFS pointer, not the file: run `git lfs pull` there"
+        raise ModelError(why) from e

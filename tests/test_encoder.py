@@ -40,6 +40,8 @@ ARCHITECTURES = {
     "bert": hf.BertConfig(**SMALL, **LONG),
     "minilm": hf.BertConfig(**SMALL | {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_act": "relu"}, **LONG),
     "roberta": hf.RobertaConfig(**SMALL, **LONG | {"type_vocab_size": 1, "pad_token_id": 1}),
+    "roberta-typed": hf.RobertaConfig(**SMALL, **LONG | {"type_vocab_size": 2, "pad_token_id": 1}),
+    "xlm-roberta": hf.XLMRobertaConfig(**SMALL, **LONG | {"type_vocab_size": 1, "pad_token_id": 1}),
     "electra": hf.ElectraConfig(**SMALL, **LONG, embedding_size=32),
     "electra-projected": hf.ElectraConfig(**SMALL, **LONG, embedding_size=24),
     "modernbert": hf.ModernBertConfig(**SMALL | {"num_hidden_layers": 4}, **MODERN),
@@ -61,12 +63,12 @@ SIDES = [(0, 0), (1, 0), (5, 9), (6, 8), (2, 60), (2, 61), (2, 62), (30, 100), (
 
 def word_tokenizer(model_type, words=WORDS):
     """A word-level tokenizer with the family's special tokens and its own pair template."""
-    roberta = model_type == "roberta"
+    roberta = model_type in ("roberta", "xlm-roberta")
     pad, cls, sep, unk = ("<pad>", "<s>", "</s>", "<unk>") if roberta else ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
     first = [cls, pad, sep, unk] if roberta else [pad, cls, sep, unk]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(first + words)}, unk_token=unk))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    second = 0 if model_type in ("roberta", "modernbert") else 1
+    second = 0 if roberta or model_type == "modernbert" else 1
     between = f"{sep} {sep}" if roberta else sep
     backend.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}", pair=f"{cls} $A {between} $B:{second} {sep}:{second}",
@@ -481,6 +483,21 @@ def test_weights_changed_in_place_are_seen():
         torch.testing.assert_close(after, padded_logits(encoder, *sides), rtol=1e-5, atol=1e-5)
 
 
+def test_a_longer_limit_than_the_model_has_positions_is_not_saved(tmp_path):
+    encoder = build("roberta")
+    encoder.doc_length = 10_000
+    encoder.save_pretrained(tmp_path)
+    assert hf.AutoTokenizer.from_pretrained(tmp_path).model_max_length == 698
+
+
+def test_lone_surrogates_are_replaced():
+    encoder = build("bert")
+    encoder.tokenizer.add_tokens(["\ufffd"])
+    marked = encoder.tokenize(["w1 \ufffd w2"], None)[0].tolist()
+    assert [t.tolist() for t in encoder.tokenize(["w1 \ud83d w2", "w3"], None)] == [marked, [7]]
+    assert 3 not in marked and encoder.score(["w1 \udc00"], ["w2"]).equal(encoder.score(["w1 \ufffd"], ["w2"]))
+
+
 def test_truncation_is_per_side_and_counted():
     encoder = build("bert")
     assert [t.tolist() for t in encoder.tokenize(["w0 w1 w2", "", "w3"], 2)] == [[4, 5], [], [7]]
@@ -501,19 +518,22 @@ def test_non_finite_scores_are_named():
     assert error.value.pairs == [1, 3]
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra-projected", "modernbert-mean", "deberta-own-keys"])
+@pytest.mark.parametrize("name", ["bert", "xlm-roberta", "electra-projected", "modernbert-mean", "deberta-own-keys"])
 def test_saved_folder_gives_peers_the_same_score(name, tmp_path):
+    """Of a document that is cut too: peers cut where the training did."""
     encoder = build(name, dropout=0.1)
     encoder.query_length, encoder.doc_length = 9, 33
-    queries = ["w1 w2 w3", "w4", "w1 w2 w3"]
-    documents = ["w7 w8 w9 w1 w2", "w5 w5", "w80"]
+    queries = ["w1 w2 w3", "w4", "w1 w2 w3", "w1 w2 w3 w4 w5 w6 w7 w8 w9"]
+    documents = ["w7 w8 w9 w1 w2", "w5 w5", "w80", " ".join(WORDS[:60])]
     scores = encoder.score(queries, documents)
     encoder.save_pretrained(tmp_path)
     again = CrossEncoder.from_pretrained(tmp_path)
     assert (again.query_length, again.doc_length, again.new_weights, again.training) == (9, 33, [], False)
     torch.testing.assert_close(again.score(queries, documents), scores, rtol=0, atol=1e-6)
     model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    batch = hf.AutoTokenizer.from_pretrained(tmp_path)(queries, documents, padding=True, return_tensors="pt")
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.model_max_length == encoder.pair_length(9, 33)
+    batch = tokenizer(queries, documents, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits.squeeze(-1), scores, rtol=0, atol=1e-5)
     peers = pytest.importorskip("sentence_transformers")
@@ -646,6 +666,9 @@ def test_a_tokenizer_of_another_pair_format_is_refused():
         CrossEncoder(build("bert").model, tokenizer)
     with pytest.raises(ModelError, match="token types"):
         CrossEncoder(build("bert").model, word_tokenizer("modernbert"))
+    for own, other in [("bert", "roberta"), ("roberta", "bert")]:
+        with pytest.raises(ModelError, match=f"not {own}'s .* put the model's own tokenizer files there"):
+            CrossEncoder(build(own).model, word_tokenizer(other))
 
 
 def test_a_model_that_is_not_there(tmp_path):

@@ -1,5 +1,6 @@
 """The real tokenizers: published ids, the pair format of every backbone, DeBERTa-v3's refused where it is wrong."""
 
+import base64
 import json
 import os
 import shutil
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import transformers as hf
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from kernels.encoder import CrossEncoder, ModelError, check_deberta_tokenizer, load_tokenizer
+from kernels.encoder import CrossEncoder
+from kernels.tokenizers import ModelError, check_deberta_tokenizer, load_tokenizer
 
 DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TOKENIZERS = DATA / "tokenizers"
@@ -102,6 +105,42 @@ def test_a_wrong_deberta_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="neither spm.model nor tokenizer.json"):
         load_tokenizer(str(tmp_path), CONFIGS["deberta-v3"])
+
+
+def test_xlm_roberta_is_read_as_its_file_stands(tmp_path):
+    """Of a tokenizer.json transformers 5 takes vocabulary and character map alone. Here the published layout over
+    DeBERTa's pieces and map."""
+    with open(TOKENIZERS / "deberta-v3" / "tokenizer.json", encoding="utf-8") as f:
+        deberta = json.load(f)
+    (char_map,) = [n["precompiled_charsmap"] for n in deberta["normalizer"]["normalizers"]
+                   if n["type"] == "Precompiled"]
+    pieces = [(piece, float(score)) for piece, score in deberta["model"]["vocab"][4:2000]]
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    own = Tokenizer(models.Unigram([(t, 0.0) for t in special[:4]] + pieces + [("<mask>", 0.0)], unk_id=3))
+    own.normalizer = normalizers.Sequence([
+        normalizers.Precompiled(base64.b64decode(char_map)), normalizers.Strip(left=False, right=True),
+        normalizers.Replace(Regex(" {2,}"), "\u2581")])
+    own.pre_tokenizer = pre_tokenizers.Metaspace()
+    own.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    own.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    own.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 512, "bos_token": "<s>", "eos_token": "</s>",
+        "cls_token": "<s>", "sep_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}))
+    config = hf.XLMRobertaConfig(**TINY, vocab_size=2001, type_vocab_size=1, max_position_embeddings=514)
+    encoder = CrossEncoder(hf.AutoModelForSequenceClassification.from_config(config), load_tokenizer(tmp_path, config))
+    encoder.save_pretrained(tmp_path / "saved")
+    again = CrossEncoder.from_pretrained(tmp_path / "saved").tokenizer
+    peers = hf.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    texts = [*TEXTS, "next\u0085line"]  # white space that is not in the map
+    ids = encoder.tokenize(texts, None)
+    for i, query in enumerate(texts):
+        for j, document in enumerate(texts):
+            expected = own.encode(query, document).ids
+            assert encoder.pack([ids[i]], [ids[j]]).input_ids.tolist() == expected
+            for other in (again, peers):
+                assert other([query], [document])["input_ids"] == [expected]
 
 
 def test_an_uncased_vocabulary_is_lower_cased(tokenizers, tmp_path):

