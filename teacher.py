@@ -19,11 +19,11 @@ hf-rankzephyr-100, hf-set-encoder, hf-monoelectra (Schlatt et al. 2025), docpair
 """
 
 import argparse
+import contextlib
 import fcntl
 import glob
 import gzip
 import hashlib
-import http.client
 import itertools
 import json
 import os
@@ -32,8 +32,8 @@ import signal
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -55,9 +55,11 @@ from rerank import (
     first_stage,
     irds_home,
     join_processes,
+    locked,
     model_stamp,
     refuse_overwrite,
     run_lines,
+    run_tag,
     say,
     write_in_blocks,
 )
@@ -122,11 +124,10 @@ def published(name: str) -> Path:
             raise
         except Exception as e:  # requests, huggingface_hub and ir_datasets each have their own
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            way = f"download {url} elsewhere (md5 {md5}) and give its path in place of the name"
             if where == "ir_datasets":
-                way = "offline, copy a filled ir_datasets folder here and set IR_DATASETS_HOME, or give a TSV"
-            else:
-                way = f"offline, download {url} elsewhere (md5 {md5}) and give its path in place of the name"
-            raise BadInput(f"{name}: could not be fetched ({reason}); {way}") from e
+                way = "copy a filled ir_datasets folder here and set IR_DATASETS_HOME, or give a TSV"
+            raise BadInput(f"{name}: could not be fetched ({reason}); offline, {way}") from e
 
 
 def _docpairs(path: Path) -> Path:
@@ -170,14 +171,22 @@ def open_candidates(args) -> tuple[Texts, dict[str, dict[str, float]], dict]:
     """(dataset, candidates of each query, what decides the scores so far) from the flags."""
     texts = Texts(args.dataset)
     source = getattr(args, "triples", None) or args.run
-    plan = {"command": args.command, "corpus": texts.fingerprint(), "skip_missing": args.skip_missing}
-    if source:
-        with open(source, "rb") as file:
-            plan["source"] = hashlib.file_digest(file, "sha256").hexdigest()
+    plan = {"command": args.command, "corpus": texts.fingerprint(), "queries": texts.digest(),
+            "skip_missing": args.skip_missing, "source": source and sha256_of(source)}
     if source is None or source == args.run:
         plan |= {"depth": args.depth, "first_stage": args.first_stage, "dataset": f"{texts.name} {texts.split}"}
-        return texts, first_stage(texts, args.run, args.first_stage, args.depth, args.skip_missing), plan
-    return texts, pairs_of(source, texts, args.skip_missing), plan
+        run = first_stage(texts, args.run, args.first_stage, args.depth, args.skip_missing)
+    else:
+        run = pairs_of(source, texts, args.skip_missing)
+    if not any(texts.documents(ranked) for ranked in run.values()):
+        raise BadInput(f"{source or args.first_stage}: none of its documents is in dataset {texts.name}; nothing to "
+                       "score, is it the corpus that it was made on?")
+    return texts, run, plan
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_documents(texts: Texts, run: dict, qids: list[str], skip_missing: bool) -> dict[str, str]:
@@ -192,6 +201,13 @@ def read_documents(texts: Texts, run: dict, qids: list[str], skip_missing: bool)
     return found
 
 
+def closing(done: str, counts: dict[str, int], alike: Counter) -> str:
+    """The last line; `alike` are the queries of several documents by whether all of these have one score."""
+    tied = {"queries, each with one score for all its documents: WARNING, this run is no teacher": alike[True]}
+    counts = counts if alike[False] else counts | tied
+    return "; ".join([done, *(f"{n:,} {what}" for what, n in counts.items() if n)])
+
+
 def write_summary(out: Path, args, **values) -> None:
     """OUT.json: the flags and what was measured and counted."""
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -202,37 +218,47 @@ def write_summary(out: Path, args, **values) -> None:
 # -------------------------------------------------------------------------------------------------- cross-encoders
 
 
-def triples(path: Path) -> Iterator[tuple[int, str, str, str]]:
-    """(line, qid, pos, neg) of a TSV of 3 columns, or of 5 whose scores are not used; gzip by its magic bytes."""
+def triples(path: Path, queries: dict[str, str]) -> Iterator[tuple[int, str, str, str]]:
+    """(line, qid, pos, neg) of a TSV of 3 columns, or of 5 whose scores are not used; gzip by its magic bytes.
+
+    A first line whose query is none of `queries`, or whose score is no number, is a header; empty lines may come last.
+    """
+    number = 0
     with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path, "rt", encoding="utf-8") if zipped else open(path, encoding="utf-8") as lines:
-        try:
+        unpack = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    try:
+        with unpack(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                field = line.rstrip("\r\n").split("\t")
+                field = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
+                if not line.strip() and not any(map(bytes.strip, lines)):
+                    return
                 if len(field) not in (3, 5) or not all(field[-3:]):
                     raise BadInput(f"{path}:{number}: {len(field)} tab-separated columns; expected qid pos neg, or "
                                    "pos_score neg_score qid pos_pid neg_pid")
-                yield number, *field[-3:]
-        except UnicodeDecodeError:
-            raise BadInput(f"{path}: not UTF-8; convert the file (iconv -t UTF-8)") from None
+                if number > 1 or (field[0] in queries if len(field) == 3 else re.match(r"[-+.]*(\d|nan)", field[0])):
+                    yield number, *field[-3:]
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise BadInput(f"{path}:{number}: not UTF-8 (iconv -t UTF-8), or damaged gzip: fetch it again ({e})") from None
 
 
 def pairs_of(path: Path, texts: Texts, skip_missing: bool) -> dict[str, dict[str, float]]:
     """The distinct pairs of a file of triples in the form of a run, {qid: {docid: 0.0}}."""
     pairs: dict[str, dict[str, float]] = {}
-    for number, qid, *docids in Progress(triples(path), desc=f"pairs of {path.name}", unit=" triples"):
+    rows = triples(path, texts.all_queries)
+    for number, qid, *docids in Progress(rows, desc=f"pairs of {path.name}", unit=" triples"):
+        if number == 2 and not pairs:
+            say(f"{path}:1: taken for a header and left out")
         if qid not in pairs:
             if qid not in texts.all_queries:
-                raise BadInput(f"{path}:{number}: query {qid!r} is not in dataset {texts.name}")
+                raise BadInput(f"{path}:{number}: query {qid[:60]!r} is not in dataset {texts.name}; ids are expected")
             pairs[qid] = {}
         for docid in docids:
             if docid not in pairs[qid]:
                 if texts.missing([docid]):
                     if skip_missing:
                         continue
-                    raise BadInput(f"{path}:{number}: document {docid!r} is not in dataset {texts.name} "
-                                   "(--skip-missing leaves such triples out)")
+                    raise BadInput(f"{path}:{number}: document {docid[:60]!r} is not in dataset {texts.name}; ids are "
+                                   "expected (--skip-missing leaves such triples out)")
                 pairs[qid][docid] = 0.0
     if not pairs:
         raise BadInput(f"{path}: empty; expected one triple per line")
@@ -258,24 +284,27 @@ def normalized(scores: np.ndarray, how: str) -> np.ndarray:
     return (scores - low) / scale if scale > 0 else np.zeros_like(scores)
 
 
-def mean_of(members: list[Path], how: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """(qid, {docid: mean over the members' runs}), in float64, each member's query normalized first."""
+def mean_of(members: list[Path], how: str, alike: Counter) -> Iterator[tuple[str, dict[str, float]]]:
+    """(qid, {docid: mean over the members' runs}), in float64, each member's query normalized first; `alike` counts the
+    queries of several documents by whether all of them have one score."""
     for parts in zip(*map(queries_of, members), strict=True):
         qid, docids = parts[0][0], list(parts[0][1])
         together = [normalized(np.array([scores[d] for d in docids]), how) for _, scores in parts]
-        yield qid, dict(zip(docids, np.mean(together, axis=0).tolist(), strict=True))
+        mean = np.mean(together, axis=0).tolist()
+        alike[len(set(mean)) == 1] += len(mean) > 1
+        yield qid, dict(zip(docids, mean, strict=True))
 
 
-def write_scores(out: Path, scores: Iterator[tuple[str, dict[str, float]]], source: Path | None, tag: str) -> None:
-    """A TREC run; or, with `source`, that file's triples with both scores before them (Hofstätter's TSV)."""
-    if source is None:
+def write_scores(out: Path, scores: Iterator[tuple[str, dict[str, float]]], rows: Iterator | None, tag: str) -> None:
+    """A TREC run; or, with `rows` of triples(), these with both scores before them (Hofstätter's TSV)."""
+    if rows is None:
         with atomic_write(out) as file:
             for qid, ranked in scores:
                 file.write(run_lines(qid, ranked, tag))
         return
     table, left = dict(scores), 0
     with atomic_write(out) as file:
-        for _, qid, pos, neg in triples(source):
+        for _, qid, pos, neg in rows:
             ranked = table.get(qid, {})
             if pos in ranked and neg in ranked:
                 file.write(f"{ranked[pos]}\t{ranked[neg]}\t{qid}\t{pos}\t{neg}\n")
@@ -290,8 +319,10 @@ def cross_encoder(args) -> None:
     from kernels.encoder import CrossEncoder
 
     kept = [args.out.with_name(f"{args.out.stem}.member-{i}{args.out.suffix}") for i in range(1, len(args.model) + 1)]
-    for file in [args.out, *kept] if args.keep_each else [args.out]:
-        refuse_overwrite(file, args.overwrite)
+    scratch = f"{glob.escape(args.out.name)}.scores-*"
+    begun = any(args.out.parent.glob(scratch))  # and may have come as far as the members' own files
+    for file in [args.out, *kept] if args.keep_each and not begun else [args.out]:
+        refuse_overwrite(file, args.overwrite, inputs=[args.run, args.triples])
     texts, run, plan = open_candidates(args)
     rank, _ = join_processes()
     members, summaries, start = [], [], time.perf_counter()
@@ -299,14 +330,19 @@ def cross_encoder(args) -> None:
         own = plan | {"model": model_stamp(name)} | {
             k: getattr(args, k) for k in ("device", "dtype", "max_tokens", "query_length", "doc_length")}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
-        members.append(Path(f"{args.out}.scores-{number}-{digest}"))  # under this name complete, and of this plan
-        if members[-1].exists() and not args.overwrite:
+        member = Path(f"{args.out}.scores-{number}-{digest}")
+        sealed = [] if args.overwrite else list(args.out.parent.glob(f"{glob.escape(member.name)}-*"))
+        if whole := [file for file in sealed if file.name == f"{member.name}-{sha256_of(file)[:16]}"]:
             say(f"{name}: scored before the interruption")
+            members += whole
             summaries.append({"model": name})
             continue
+        for file in sealed:
+            say(f"{file}: damaged and left out, {name} scores anew")
         model = CrossEncoder.from_pretrained(name, args.dtype, args.device, args.query_length, args.doc_length)
         scorer = PairScorer(model, texts, run, args.max_tokens, skip_missing=args.skip_missing)
-        write_in_blocks(members[-1], own, run, Path(name).name, scorer, args.overwrite)
+        if write_in_blocks(member, own, run, run_tag(name), scorer, args.overwrite):
+            members.append(member.rename(f"{member}-{sha256_of(member)[:16]}"))
         say(f"{name}: {scorer.summary()}")
         summaries.append({"model": name, "seconds": scorer.seconds, "pairs": scorer.pairs,
                           "query_length": model.query_length, "doc_length": model.doc_length,
@@ -314,16 +350,23 @@ def cross_encoder(args) -> None:
         del model, scorer  # the next member gets this one's memory
     if rank:
         return
+
+    def write(file, members, how, tag):
+        rows, alike = args.triples and triples(args.triples, texts.all_queries), Counter()
+        write_scores(file, mean_of(members, how, alike), rows, tag)
+        return alike
+
     if args.keep_each:
         for file, member, name in zip(kept, members, args.model, strict=True):
-            write_scores(file, mean_of([member], "none"), args.triples, Path(name).name)
-    tag = Path(args.model[0]).name if len(members) == 1 else "ensemble"
-    write_scores(args.out, mean_of(members, args.normalize), args.triples, tag)
+            write(file, [member], "none", run_tag(name))
     write_summary(args.out, args, members=summaries, seconds=time.perf_counter() - start, queries=len(run),
                   pairs=sum(map(len, run.values())))
-    for file in args.out.parent.glob(f"{glob.escape(args.out.name)}.scores-*"):
+    tag = run_tag(args.model[0]) if len(members) == 1 else "ensemble"
+    alike = write(args.out, members, args.normalize, tag)  # last: until it is there the same command goes on
+    for file in args.out.parent.glob(scratch):
         file.unlink()
-    say(f"{args.out}: {len(run):,} queries, mean of {len(members)} model{'s' * (len(members) > 1)}")
+    done = f"{args.out}: {len(run):,} queries, mean of {len(members)} model{'s' * (len(members) > 1)}"
+    say(closing(done, {}, alike))
 
 
 # ------------------------------------------------------------------------------------------------- language models
@@ -334,18 +377,21 @@ def load_llm(name: str, dtype: str, device: str):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from kernels.encoder import from_hub
+    from kernels.encoder import ModelError, from_hub, quiet
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    with from_hub(name):
+    with from_hub(name), quiet():
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         side = "right" if config.is_encoder_decoder else "left"  # the last token of every row in one column
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side=side)
-        model = kind.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        model, report = kind.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
+        if lost := sorted(report["missing_keys"]):  # Hugging Face would go on with random ones
+            raise ModelError(f"{name}: its files lack {len(lost)} weights ({', '.join(lost[:3])}); fetch it again")
+        model.to(device).eval()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -515,63 +561,107 @@ class LocalModel:
         return []
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would carry the key along to wherever it is sent."""
+class AsItCame(urllib.request.HTTPErrorProcessor):
+    """Every status is a reply, a redirect too: urllib would carry the key along to wherever it is sent."""
 
-    def redirect_request(self, *_):
-        return None
+    http_response = https_response = lambda self, request, response: response
+
+
+BUSY = (0, 408, 409, 425, 429)  # to be tried again, as 5xx is; 0: no connection, a time-out, not a chat completion
+TOO_LONG = re.compile(r"context.?(length|size|window|limit)|maximum context|too (long|many tokens)|reduce the length|"
+                      r"(input|prompt).{,80}(exceed|larger|longer)", re.I)  # of a prompt, in a server's words
+FORM = {"max_tokens": "max_completion_tokens", "temperature": "", "seed": ""}  # what takes the place of what is refused
 
 
 class Endpoint:
     """Answers by a server that speaks OpenAI's chat-completions protocol (vLLM, llama.cpp, ...), many at a time.
 
     Time-outs, broken connections and the statuses 408, 409, 425, 429 and 5xx are tried again after 1, 2, 4, ... seconds
-    (or what Retry-After asks). The key comes from OPENAI_API_KEY and goes into the request's header alone.
+    (or what Retry-After asks), by one thread at a time until the server answers. A parameter that it refuses is not
+    sent again, a prompt beyond its context is asked with shorter passages. The key comes from OPENAI_API_KEY and goes
+    into the request's header alone.
     """
 
     first_pause = 1.0
 
     def __init__(self, args):
-        self.args, self.capacity, self.key = args, args.concurrency, os.environ.get("OPENAI_API_KEY")
+        self.args, self.capacity, self.key = args, args.concurrency, os.environ.get("OPENAI_API_KEY", "").strip()
         self.url = args.endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         if not self.url.startswith(("http://", "https://")):
             raise BadInput(f"--endpoint {args.endpoint}: expected http://HOST:PORT/v1 or https://...")
         self.pool, self.running, self.stopping = ThreadPoolExecutor(args.concurrency), {}, threading.Event()
-        self.opener = urllib.request.build_opener(NoRedirect)
+        self.opener, self.form = urllib.request.build_opener(AsItCame), {name: name for name in FORM}
+        self.turn, self.noting = threading.Lock(), threading.Lock()
+        self.failures, self.pause, self.why = 0, 0.0, ""  # in a row over all threads, then to the next try; the last
 
     def start(self, qid: str, query: str, passages: list[str]) -> None:
         """Sends a window in a thread."""
-        messages = conversation(self.args.prompt, query, passages, self.args.passage_words)
-        body = {"model": self.args.model, "messages": messages, "temperature": 0, "seed": self.args.seed,
-                "max_tokens": self.args.answer_tokens or 8 * len(passages)}
-        self.running[self.pool.submit(self._ask, json.dumps(body).encode())] = qid
+        self.running[self.pool.submit(self._ask, qid, query, passages)] = qid
 
-    def _ask(self, body: bytes) -> dict:
+    def _ask(self, qid: str, query: str, passages: list[str]) -> dict:
+        longest = min(self.args.passage_words, max(len(passage.split()) for passage in passages))
+        sent = {"max_tokens": self.args.answer_tokens or 8 * len(passages), "temperature": 0, "seed": self.args.seed}
+        words, tried, pause = longest, 0, 0.0
+        while True:
+            with self.turn if self.failures else contextlib.nullcontext() as alone:
+                before = self.failures
+                if alone and not before:
+                    continue  # it answers again: all may ask
+                tries, pause = max(tried, before), max(pause, self.pause)
+                if tries > self.args.retries or (self.stopping.wait(pause) if pause else self.stopping.is_set()):
+                    raise BadInput(f"{self.url}: no answer in {tries} tries (the last: {self.why}); what was answered "
+                                   "is kept, the same command goes on")
+                body = {"model": self.args.model, "messages": conversation(self.args.prompt, query, passages, words)}
+                body |= {self.form[name]: value for name, value in sent.items() if self.form[name]}
+                status, said, asked = self._post(body)
+                if status in BUSY or status >= 500:
+                    pause = min(self.first_pause * 2 ** min(tries, 6), 60.0)
+                    pause, tried = min(float(asked), 600.0) if asked.isdecimal() else pause, tried + 1
+                    with self.noting:
+                        if self.failures == before:  # tries that were under way together fail once
+                            self.failures, self.pause = before + 1, pause
+                            if before < self.args.retries and (before or not self.why):
+                                say(f"{self.url}: {said[:300]}; tried again in {pause:g} s")
+                        self.why = said[:300]
+                    continue
+                self.failures = self.pause = pause = 0  # it answers
+            if status == 200:
+                return said | {"shortened": words < longest}
+            refused = [name for name in sent if name in body and re.search(rf"\b({name}|{FORM[name] or name})\b", said)]
+            if status == 413 or (status in (400, 422) and TOO_LONG.search(said)):
+                if words <= 1:
+                    raise BadInput(f"query {qid!r}: {len(passages)} passages of one word are too long for {self.url} "
+                                   f"({said[:300]}); lower --window")
+                words = words * 3 // 4
+            elif status in (400, 422) and refused:
+                with self.noting:
+                    for name in [name for name in refused if self.form[name] == name]:
+                        self.form[name] = FORM[name]
+                        say(f"{self.url}: refuses {name} ({said[:100]}); {FORM[name] or 'nothing'} goes in its place")
+            else:
+                raise BadInput(f"{self.url}: {said[:300]}")
+
+    def _post(self, body: dict) -> tuple[int, dict | str, str]:
+        """(status, the answer or what was said instead, Retry-After); status 0: no reply, or not a chat completion."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        for attempt in range(self.args.retries + 1):
-            pause = min(self.first_pause * 2**attempt, 60.0)
-            try:
-                request = urllib.request.Request(self.url, body, headers)
-                with self.opener.open(request, timeout=self.args.timeout) as reply:
-                    data = json.loads(reply.read())
-                choice, usage = data["choices"][0], data.get("usage") or {}
-                return {"text": choice["message"]["content"] or "", "cut": choice.get("finish_reason") == "length",
-                        "prompt_tokens": usage.get("prompt_tokens", 0),
-                        "answer_tokens": usage.get("completion_tokens", 0)}
-            except urllib.error.HTTPError as e:
-                why = f"HTTP {e.code}"
-                if e.code < 500 and e.code not in (408, 409, 425, 429):
-                    said = " ".join(e.read(2000).decode(errors="replace").split())[:300]
-                    said = said.replace(self.key, "***") if self.key else said
-                    raise BadInput(f"{self.url}: {why}: {said}") from None
-                asked = e.headers.get("Retry-After", "")
-                pause = min(float(asked), 600.0) if asked.isdecimal() else pause
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:
-                why = f"{type(e).__name__}: {e}"  # no connection, a time-out, or not a chat completion
-            if attempt < self.args.retries and self.stopping.wait(pause):
-                break
-        raise BadInput(f"{self.url}: no answer in {attempt + 1} tries (the last: {why}); what was answered is kept, "
-                       "the same command goes on")
+        try:
+            request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+            with self.opener.open(request, timeout=self.args.timeout) as reply:
+                status, asked, content = reply.status, reply.headers.get("Retry-After", ""), reply.read()
+            if status == 200:
+                data = json.loads(content)
+                choice, tokens = data["choices"][0], data.get("usage") or {}
+                text = choice["message"].get("content") or ""  # null where the model refuses; in parts by some servers
+                return status, {
+                    "text": text if isinstance(text, str) else "".join(part.get("text") or "" for part in text),
+                    "cut": choice.get("finish_reason") == "length",
+                    "prompt_tokens": int(tokens.get("prompt_tokens") or 0),
+                    "answer_tokens": int(tokens.get("completion_tokens") or 0)}, asked
+            said = f"HTTP {status}: {content.decode(errors='replace')}"
+        except Exception as e:
+            status, asked, said = 0, "", f"no chat completion ({type(e).__name__}: {e})"
+        said = " ".join(said.split())
+        return status, said.replace(self.key, "***") if self.key else said, asked
 
     def finished(self) -> list[tuple[str, dict]]:
         """(qid, answer) of every window answered since; waits for one. Raises BadInput where one cannot be had."""
@@ -594,60 +684,62 @@ class Endpoint:
 class Answers:
     """Every answer as it came, one JSON line each behind a line with the plan: an LLM is asked once, whatever happens.
 
-    `of[qid]` are the answers for the windows of a query, bottom up. A line torn by a power cut is dropped.
+    `of[qid]` are the answers for the windows of a query, bottom up. A line names its window and carries its checksum:
+    one that is damaged, or stands behind a gap, is left out, and what it answered is asked again.
     """
 
     def __init__(self, path: Path, plan: dict, overwrite: bool):
-        header, self.of = json.dumps(plan, sort_keys=True).encode() + b"\n", {}
-        if overwrite:
-            path.unlink(missing_ok=True)
-        if path.exists():
-            with open(path, "rb+") as file:
-                if file.readline() != header:
-                    raise BadInput(f"{path}: begun by a command with other flags or data; finish that one, or give "
-                                   "--overwrite")
-                end = file.tell()
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    row = json.loads(line)
-                    self.of.setdefault(row.pop("qid"), []).append(row)
-                    end += len(line)
-                file.truncate(end)
-            say(f"{path}: going on after {sum(map(len, self.of.values())):,} answers")
-        else:
-            path.write_bytes(header)
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self.of, kept = {}, [json.dumps(plan, sort_keys=True)]
+        if path.exists() and not overwrite:
+            header, *lines = path.read_bytes().decode("ascii", "replace").split("\n")
+            if header != kept[0]:
+                raise BadInput(f"{path}:1: damaged, or begun by a command with other flags or data; finish that one, "
+                               "or give --overwrite (every answer is asked again) or another --out")
+            for line in filter(None, lines):
+                whole = line == self._sealed(line.rpartition(', "check":')[0])
+                row = json.loads(line) if whole else {}
+                if whole and row["window"] == len(self.of.setdefault(row["qid"], [])):
+                    self.of[row["qid"]].append(row)
+                    kept.append(line)
+            lost = len(lines) - lines.count("") - len(kept) + 1
+            say(f"{path}: going on after {len(kept) - 1:,} answers; {lost:,} damaged lines left out")
+        with atomic_write(path) as file:
+            file.write("\n".join([*kept, ""]))
+        self.file = open(path, "a", encoding="ascii")  # noqa: SIM115
+
+    def _sealed(self, text: str) -> str:
+        return f'{text}, "check": {zlib.crc32(text.encode())}}}'
 
     def add(self, qid: str, answer: dict) -> None:
-        self.file.write(json.dumps({"qid": qid, **answer}).encode() + b"\n")
+        row = {"qid": qid, "window": len(self.of.setdefault(qid, [])), **answer}
+        self.file.write(self._sealed(json.dumps(row)[:-1]) + "\n")
+        self.file.flush()
+        self.of[qid].append(row)
 
 
 def listwise(args) -> None:
     """Many queries are open at once, each with one window that waits for its answer; whole queries are appended to
     OUT.partial-RANK, a valid run at any moment."""
-    refuse_overwrite(args.out, args.overwrite)
+    refuse_overwrite(args.out, args.overwrite, inputs=[args.run])
     if args.stride > args.window:
         raise BadInput(f"--window {args.window} --stride {args.stride}: stride <= window is needed")
     texts, run, plan = open_candidates(args)
     rank, world = join_processes()
-    mine, tag, start = list(run)[rank::world], Path(args.model).name, time.perf_counter()
+    mine, tag, start = list(run)[rank::world], run_tag(args.model), time.perf_counter()
     flags = ("model", "window", "stride", "prompt", "passage_words", "answer_tokens", "dtype", "seed")
     plan |= {k: getattr(args, k) for k in flags}
     plan |= {"weights": model_stamp(args.model), "server": args.endpoint is not None, "world": world}
     engine = Endpoint(args) if args.endpoint else LocalModel(args)  # first: a wrong name leaves no file behind
     answers = Answers(Path(f"{args.out}.answers-{rank}.jsonl"), plan, args.overwrite)
     counts, work, queue = Counter(), {}, iter(mine)
-    part = open(f"{args.out}.partial-{rank}", "wb", buffering=0)  # noqa: SIM115
     done = sum(len(answers.of.get(q, [])) == len(windows(len(run[q]), args.window, args.stride)) for q in mine)
-    bar = Progress(total=len(mine), initial=done, desc=tag, unit=" queries")
 
     def permute(qid):
         """Yields (query, passages) of each window not answered before, is sent its answer; writes the query last."""
         found = read_documents(texts, run, [qid], args.skip_missing)
         order = [d for d in run[qid] if d in found]
         counts["documents missing"] += len(run[qid]) - len(order)
-        known, fresh = iter(answers.of.get(qid, [])), False
+        first, known, fresh = list(order), iter(list(answers.of.get(qid, []))), False
         for low, high in windows(len(order), args.window, args.stride):
             answer = next(known, None)
             if answer is None:
@@ -659,7 +751,9 @@ def listwise(args) -> None:
             counts["passages shortened"] += answer.get("shortened", False)
             counts["prompt tokens"] += answer["prompt_tokens"]
             counts["answer tokens"] += answer["answer_tokens"]
-        part.write(run_lines(qid, {d: args.depth - i for i, d in enumerate(order)}, tag).encode())
+        counts["queries kept in order" if order == first else "queries reordered"] += len(order) > 1
+        part.write(run_lines(qid, {d: args.depth - i for i, d in enumerate(order)}, tag))
+        part.flush()
         bar.set_postfix_str(f"{counts['prompt tokens']:,} tokens in, {counts['answer tokens']:,} out", refresh=False)
         bar.update(fresh)
 
@@ -671,25 +765,27 @@ def listwise(args) -> None:
         else:
             engine.start(qid, *request)
 
-    try:
-        while True:
-            while len(work) < engine.capacity and (qid := next(queue, None)) is not None:
-                work[qid] = permute(qid)
-                step(qid)
-            if not work:
-                break
-            arrived = engine.finished()
-            for qid, answer in arrived:
+    with (
+        open(f"{args.out}.partial-{rank}", "w", encoding="utf-8") as part,
+        answers.file,
+        Progress(total=len(mine), initial=done, desc=tag, unit=" queries") as bar,
+    ):
+        try:
+            while True:
+                while len(work) < engine.capacity and (qid := next(queue, None)) is not None:
+                    work[qid] = permute(qid)
+                    step(qid)
+                if not work:
+                    break
+                arrived = engine.finished()
+                for qid, answer in arrived:
+                    answers.add(qid, answer)
+                for qid, answer in arrived:
+                    step(qid, answer)
+        except BaseException:
+            for qid, answer in engine.stop():
                 answers.add(qid, answer)
-            for qid, answer in arrived:
-                step(qid, answer)
-    except BaseException:
-        for qid, answer in engine.stop():
-            answers.add(qid, answer)
-        raise
-    finally:
-        bar.close()
-        part.close()
+            raise
     every = [counts]
     if world > 1:
         import torch.distributed as dist
@@ -700,13 +796,15 @@ def listwise(args) -> None:
         counts = sum(every, Counter())
         parts = [Path(f"{args.out}.partial-{r}") for r in range(world)]
         ranked = {qid: scores for path in parts for qid, scores in queries_of(path)}
-        with atomic_write(args.out) as file:
+        if not counts.pop("queries reordered", 0) or counts["malformed"] == counts["answers"]:
+            counts["answers, all malformed or no query reordered: WARNING, this run is no teacher"] = counts["answers"]
+        write_summary(args.out, args, counts=counts, queries=len(run), seconds=time.perf_counter() - start)
+        with atomic_write(args.out) as file:  # last: until it is there the same command goes on
             for qid in run:
                 file.write(run_lines(qid, {d: int(s) for d, s in ranked.get(qid, {}).items()}, tag))
-        write_summary(args.out, args, counts=counts, queries=len(run), seconds=time.perf_counter() - start)
         for path in parts:
             path.unlink()
-        say(f"{args.out}: {len(run):,} queries; " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n))
+        say(closing(f"{args.out}: {len(run):,} queries", counts, Counter()))
 
 
 # ------------------------------------------------------------------------------------------------------- pointwise
@@ -816,20 +914,27 @@ class YesNo:
 
 def pointwise(args) -> None:
     """Every pair on its own, in the blocks of rerank.py."""
-    refuse_overwrite(args.out, args.overwrite)
+    refuse_overwrite(args.out, args.overwrite, inputs=[args.run])
     texts, run, plan = open_candidates(args)
-    join_processes()
-    scorer = YesNo(args, texts, run)
+    rank, _ = join_processes()
+    scorer, alike, counts = YesNo(args, texts, run), Counter(), {}
     flags = ("model", "device", "dtype", "max_tokens", "query_length", "doc_length", "instruction")
     plan |= {k: getattr(args, k) for k in flags}
     plan |= {"weights": model_stamp(args.model), "template": scorer.template, "answers": scorer.words}
-    if write_in_blocks(args.out, plan, run, Path(args.model).name, scorer, args.overwrite):
-        counts = {"documents cut": len(scorer.cut), "queries cut": len(scorer.cut_queries),
-                  "documents missing": len(scorer.missing)}
-        write_summary(args.out, args, pairs=scorer.pairs, seconds=scorer.seconds, template=scorer.template,
-                      answers=scorer.words, counts=counts)
+
+    def scored(blocks):
+        for result in scorer(blocks):
+            alike.update(len(set(ranked.values())) == 1 for ranked in result.values() if len(ranked) > 1)
+            yield result
+        counts.update({"documents cut": len(scorer.cut), "queries cut": len(scorer.cut_queries),
+                       "documents missing": len(scorer.missing)})
+        if rank == 0:  # before OUT: until that is there the same command goes on
+            write_summary(args.out, args, pairs=scorer.pairs, seconds=scorer.seconds, template=scorer.template,
+                          answers=scorer.words, counts=counts)
+
+    if write_in_blocks(args.out, plan, run, run_tag(args.model), scored, args.overwrite):
         done = f"{args.out}: {scorer.pairs:,} pairs in {scorer.seconds:.1f} s by the template {scorer.template}"
-        say("; ".join([done, *(f"{n:,} {what}" for what, n in counts.items() if n)]))
+        say(closing(done, counts, alike))
 
 
 # ----------------------------------------------------------------------------------------------------- the command
@@ -870,19 +975,16 @@ def parse(argv=None) -> argparse.Namespace:
                      "fewer where the window would not fit the model's context (counted)")
     sub.add_argument("--answer-tokens", type=at_least(1), help="longest answer (default: what a full permutation "
                      "takes; give more to a model that reasons first)")
-    sub.add_argument("--batch-size", type=at_least(1), default=8,
-                     help="queries whose windows share a batch (default 8)")
+    sub.add_argument("--batch-size", type=at_least(1), default=8, help="queries that share a batch (default 8)")
     sub.add_argument("--device", type=device_name, default="auto", metavar="auto|cpu|cuda",
                      help="default: cuda where there is one")
     sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on CUDA")
     sub.add_argument("--seed", type=int, default=1, help="sent to the server; decoding here is greedy (default 1)")
     sub.add_argument("--endpoint", metavar="URL", help="http://HOST:PORT/v1 of a server; its key, if it wants one, is "
                      "read from the environment variable OPENAI_API_KEY alone")
-    sub.add_argument("--concurrency", type=at_least(1), default=16,
-                     help="requests in flight to the server (default 16)")
+    sub.add_argument("--concurrency", type=at_least(1), default=16, help="requests in flight (default 16)")
     sub.add_argument("--timeout", type=float, default=120, help="seconds until a request is tried again (default 120)")
-    sub.add_argument("--retries", type=at_least(0), default=8,
-                     help="further tries, 1, 2, 4, ... seconds apart (default 8)")
+    sub.add_argument("--retries", type=at_least(0), default=8, help="further tries, 1, 2, 4, ... s apart (default 8)")
 
     sub = command("pointwise", "logit(yes) - logit(no) of a causal or seq2seq language model for each pair: monoT5, "
                   "Qwen3-Reranker, or any chat model.", "model folder or hub id")
@@ -891,11 +993,14 @@ def parse(argv=None) -> argparse.Namespace:
     sub.add_argument("--doc-length", type=at_least(1), default=384, help="tokens kept of a document (default 384)")
     sub.add_argument("--template", choices=["monot5", "qwen3", "chat"], help="default: monot5 for seq2seq models, "
                      "qwen3 where the tokenizer has <think>, else chat: its own chat template")
-    sub.add_argument("--answers", nargs=2, metavar=("YES", "NO"), help="words of one token (default true false for "
-                     "monot5, else yes no)")
+    sub.add_argument("--answers", nargs=2, metavar=("YES", "NO"),
+                     help="words of one token (default true false for monot5, else yes no)")
     sub.add_argument("--instruction", help="the task, in the prompts qwen3 and chat (default: %(default)s)",
                      default="Given a web search query, retrieve relevant passages that answer the query")
     args = parser.parse_args(argv)
+    words = [getattr(args, "instruction", ""), *(getattr(args, "answers", None) or [])]
+    if re.search("[\ud800-\udfff]", "".join(words)):
+        parser.error("--instruction and --answers are to be UTF-8")
     if not args.dataset:
         parser.error("--dataset is needed")
     sources = [args.run, args.first_stage, getattr(args, "triples", None)]
@@ -910,7 +1015,8 @@ def main() -> int:
         path = getattr(args, name, None)
         if path and not path.exists():
             setattr(args, name, published(str(path)))
-    {"cross-encoder": cross_encoder, "listwise": listwise, "pointwise": pointwise}[args.command](args)
+    with locked(args.out):
+        {"cross-encoder": cross_encoder, "listwise": listwise, "pointwise": pointwise}[args.command](args)
     return 0
 
 

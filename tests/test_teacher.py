@@ -1,11 +1,14 @@
 """teacher.py: ensembles against the members' own runs, published files from a local server, LLM rankers."""
 
+import gzip
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import re
+import resource
+import shutil
 import socket
 import sys
 import threading
@@ -162,6 +165,34 @@ def test_broken_triples(place, monkeypatch, tmp_path, capsys, line, what):
     assert [p.name for p in tmp_path.iterdir()] == ["in.tsv"]
 
 
+@pytest.mark.parametrize("head, line, tail", [
+    ("\ufeff", "q1\td7\td10\n", ""), ("qid\tpos\tneg\n", "q1\td7\td10\n", ""), ("", "q1\td7\td10\n", "\n \n\n"),
+    ("query_id\tpos\tneg\r\n", "q1\td7\td10\r\n", "\r\n"), ("", "q1\td7\td10\n", ""),
+    ("\ufeffpos_score\tneg_score\tqid\tpos\tneg\n", "-1.5\tnan\tq1\td7\td10\n", "\n")])
+def test_triples_as_other_programs_write_them(place, capsys, tmp_path, head, line, tail):
+    (tmp_path / "in.tsv").write_bytes((head + line * 2).removesuffix("\n" * (not tail)).encode() + tail.encode())
+    texts, skipped = rerank.Texts(str(place / "corpus")), len(head) > 1
+    rows = list(teacher.triples(tmp_path / "in.tsv", texts.all_queries))
+    assert rows == [(i + skipped, "q1", "d7", "d10") for i in (1, 2)]
+    assert teacher.pairs_of(tmp_path / "in.tsv", texts, False) == {"q1": {"d7": 0.0, "d10": 0.0}}
+    assert capsys.readouterr().err.count("in.tsv:1: taken for a header and left out") == skipped
+
+
+def test_triples_of_texts_and_gaps(place, tmp_path):
+    """Texts in place of ids are quoted short, and whatever stands in the file its line is named."""
+    texts, path = rerank.Texts(str(place / "corpus")), tmp_path / "in.tsv"
+    whole = gzip.compress(b"q1\td7\td10\n" * 9999)
+    for content, what in (
+        (b"a header\t1\t2\n" + b"words " * 400 + b"\td1\td2\n", f":2: query {('words ' * 10)!r} is not in .* ids are"),
+        (b"q1\td1\t" + b"words " * 400, f":1: document {('words ' * 10)!r} is not in .* ids are expected"),
+        (b"q1\td1\td2\n\nq1\td1\td3\n", ":2: 1 tab-separated"), (b"q1\td1\td2\nq1\t\xff\td2\n", ":2: not UTF-8"),
+        (b"1\t2\tnobody\td1\td2\n", ":1: query 'nobody'"), (whole[: len(whole) // 2], "damaged gzip")):
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=what) as e:
+            teacher.pairs_of(path, texts, False)
+        assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
 def test_triples_without_their_documents_are_counted(place, member_runs, monkeypatch, tmp_path, capsys):
     (tmp_path / "in.tsv").write_text("q1\td7\td10\nq1\td7\tnowhere\nq1\tnowhere\td10\n")
     assert ensemble(monkeypatch, place, tmp_path / "o.tsv", "--triples", tmp_path / "in.tsv", "--skip-missing") == 0
@@ -192,6 +223,121 @@ def test_interrupted_ensemble_goes_on(place, member_runs, monkeypatch, tmp_path)
     assert len(scored) == 3 * 4 and len({tuple(s) for s in scored}) == 4
     assert ensemble(monkeypatch, place, tmp_path / "u.run", "--run", place / "first.run") == 0
     assert (tmp_path / "t.run").read_bytes() == (tmp_path / "u.run").read_bytes()
+
+
+def test_damaged_scores_of_a_member_are_made_again(place, member_runs, monkeypatch, tmp_path, capsys):
+    """A digit, a cut, or nothing left: what a member has scored is only taken as it was written."""
+    arguments = (monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run")
+    mean_of = teacher.mean_of
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(teacher, "mean_of", full)
+    assert ensemble(*arguments, "--keep-each", members=2) == 2 and "goes on from what" in capsys.readouterr().err
+    first, second = sorted(tmp_path.glob("t.run.scores-*"))
+    for damage in (lambda b: b.replace(b"q3 Q0 d21 ", b"q3 Q0 d22 "), lambda b: b[:-1] + b"x", lambda b: b[:500],
+                   lambda b: b"", lambda b: b"\xff" * 99):
+        first.write_bytes(damage(first.read_bytes()))
+        assert ensemble(*arguments, "--keep-each", members=2) == 2
+        said = capsys.readouterr().err
+        assert f"{first}: damaged and left out, {place / 'model0'} scores anew" in said
+        assert f"{place / 'model1'}: scored before" in said and f"{place / 'model0'}: scored before" not in said
+    monkeypatch.setattr(teacher, "mean_of", mean_of)
+    assert ensemble(*arguments, "--keep-each", members=2) == 0
+    assert [read_run(tmp_path / f"t.member-{i + 1}.run") for i in range(2)] == member_runs[:2]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_disk_full_at_the_end_leaves_a_command_that_goes_on(place, member_runs, graded, serve, monkeypatch,
+                                                                tmp_path, capsys):
+    """Whichever of its files cannot be written: OUT is the last, so that it is not taken for finished."""
+    whole, url = rerank.atomic_write, serve(lambda handler, number, body: completion(handler, perfect(body)))[0]
+    for name, command in (
+        ("t", lambda: ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run", "--keep-each",
+                               members=2)),
+        ("u", lambda: llm(monkeypatch, graded, url, tmp_path / "u.run"))):
+        for file in (f"{name}.member-2.run", f"{name}.run.json", f"{name}.run"):
+            def full(path, file=file):
+                if path.name == file:
+                    raise OSError(28, "No space left on device")
+                return whole(path)
+
+            monkeypatch.setattr(teacher, "atomic_write", full)
+            if (name, file) != ("u", "u.member-2.run"):
+                assert command() == 2 and not (tmp_path / f"{name}.run").exists()
+                assert "give the same command again: it goes on" in capsys.readouterr().err
+        monkeypatch.setattr(teacher, "atomic_write", whole)
+        assert command() == 0 and (tmp_path / f"{name}.run").exists()
+
+
+def test_another_plan_is_another_run(graded, place, serve, monkeypatch, tmp_path, capsys):
+    """A query that reads otherwise is another question, whatever its id."""
+    url, seen = serve(lambda handler, number, body: reply(handler, 400, b"no") if number else completion(
+        handler, perfect(body)))
+    shutil.copytree(graded, tmp_path / "g")
+    assert llm(monkeypatch, tmp_path / "g", url, tmp_path / "t.run", "--concurrency", 1) == 2
+    queries = tmp_path / "g" / "corpus" / "queries.jsonl"
+    queries.write_text(queries.read_text().replace("query q4", "query q4 of another"))
+    assert llm(monkeypatch, tmp_path / "g", url, tmp_path / "t.run", "--concurrency", 1) == 2
+    assert "t.run.answers-0.jsonl:1: damaged, or begun by a command with other flags" in capsys.readouterr().err
+    assert len(seen) == 2
+
+
+def test_tags_are_one_column(place, graded, serve, monkeypatch, tmp_path):
+    shutil.copytree(place / "model0", tmp_path / "my model\t1")
+    assert run(monkeypatch, teacher, "cross-encoder", "--model", tmp_path / "my model\t1", place / "model1",
+               "--dataset", place / "corpus", "--run", place / "first.run", "--out", tmp_path / "t.run",
+               "--keep-each") == 0
+    url, _ = serve(lambda handler, number, body: completion(handler, perfect(body)))
+    assert llm(monkeypatch, graded, url, tmp_path / "u.run", "--model", "my judge\n") == 0
+    for name, tag in (("t.member-1", "my_model_1"), ("t", "ensemble"), ("u", "my_judge_")):
+        assert {tuple(line.split(" ")[5:]) for line in (tmp_path / f"{name}.run").read_text().splitlines()} == {(tag,)}
+
+
+def test_out_is_none_of_the_files_read(place, monkeypatch, tmp_path, capsys):
+    source = tmp_path / "in.run"
+    shutil.copy(place / "first.run", source)
+    (tmp_path / "link.run").symlink_to(source)
+    (tmp_path / "in.tsv").write_text("q1\td7\td10\n")
+    for command in ("cross-encoder", "listwise", "pointwise"):
+        for flag, file, out in (
+            ("--run", source, "in.run"), ("--run", source, "link.run"), ("--triples", tmp_path / "in.tsv", "in.tsv"),
+            ("--run", source, f"../{tmp_path.name}/in.run"),
+        ):
+            if flag == "--run" or command == "cross-encoder":
+                assert run(monkeypatch, teacher, command, "--model", "m", "--dataset", place / "corpus", flag, file,
+                           "--out", tmp_path / out, "--overwrite") == 2
+                assert f"{tmp_path / out}: is read by this very command" in capsys.readouterr().err
+    assert source.read_bytes() == (place / "first.run").read_bytes()
+
+
+def test_nothing_to_score(place, monkeypatch, tmp_path, capsys):
+    (tmp_path / "in.run").write_text("q1 Q0 gone 1 2 t\nq2 Q0 lost 1 1 t\n")
+    (tmp_path / "in.tsv").write_text("q1\tgone\tlost\n")
+    for command, source in (("cross-encoder", "--run"), ("listwise", "--run"), ("pointwise", "--run"),
+                            ("cross-encoder", "--triples")):
+        file = tmp_path / ("in.run" if source == "--run" else "in.tsv")
+        assert run(monkeypatch, teacher, command, "--model", place / "model0", "--dataset", place / "corpus", source,
+                   file, "--skip-missing", "--out", tmp_path / "o") == 2
+        assert f"error: {file}: none of its documents is in dataset" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.run", "in.tsv"]
+
+
+def test_a_teacher_with_one_score_for_all_is_said(place, monkeypatch, tmp_path, capsys):
+    def flat(self, blocks):
+        for block in blocks:
+            yield {q: dict.fromkeys(self.run[q], np.float32(0.25)) for q in block}
+
+    monkeypatch.setattr(rerank.PairScorer, "__call__", flat)
+    assert ensemble(monkeypatch, place, tmp_path / "t.run", "--run", place / "first.run", members=2) == 0
+    assert "12 queries, each with one score for all its documents: WARNING" in capsys.readouterr().err
+    first = rerank.PairScorer.__call__
+    monkeypatch.setattr(rerank.PairScorer, "__call__", lambda self, blocks: (
+        {q: ranked if q != "q1" else {d: np.float32(len(d)) for d in ranked} for q, ranked in result.items()}
+        for result in first(self, blocks)))
+    assert ensemble(monkeypatch, place, tmp_path / "u.run", "--run", place / "first.run", members=2) == 0
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_usage(place, monkeypatch, tmp_path, capsys):
@@ -561,6 +707,222 @@ def test_malformed_truncated_late_and_failing_answers(graded, serve, monkeypatch
     assert len(seen) == 18 + 8 and "7 malformed" in capsys.readouterr().err
 
 
+def test_replies_of_many_forms(graded, serve, monkeypatch, tmp_path):
+    """What is no chat completion is asked again, what is one in another form is read; nothing is a traceback."""
+    message = {"role": "assistant", "content": "x"}
+    broken = [b"[]", b"null", b"5", b'"text"', b"{}", b'{"choices": []}', b'{"choices": null}', b'{"choices": [null]}',
+              b'{"choices": [{"message": null}]}', b'{"choices": [{"message": {"content": 5}}]}', b"[" * 99999,
+              b'{"choices": [{"message": {"content": [5]}}]}', b"\xff\xfe", b'{"error": {"message": "down"}}',
+              json.dumps({"choices": [{"message": message}], "usage": {"prompt_tokens": "many"}}).encode(),
+              json.dumps({"choices": [{"message": message}], "usage": [7]}).encode(),
+              b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": Infinity}}']
+
+    def handle(handler, number, body):
+        if number % 2 == 0 and number < 2 * len(broken):
+            return reply(handler, 200, broken[number // 2])
+        qid, content = judged(body)[0], perfect(body)
+        parts = {"q0": content, "q1": [{"type": "text", "text": content[:7]}, {"type": "text", "text": content[7:]},
+                                       {"type": "image", "text": None}], "q2": content, "q3": None}[qid]
+        usage = {"q0": None, "q1": {"prompt_tokens": None}, "q2": {}, "q3": {"completion_tokens": 3}}[qid]
+        message = {"content": parts, "refusal": "no"}
+        reply(handler, 200, json.dumps({"choices": [{"message": message}], "usage": usage}).encode())
+
+    url, seen = serve(handle)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--retries", 1, "--concurrency", 1) == 0
+    want, got, first = expected(graded), read_run(tmp_path / "t.run"), read_run(graded / "first.run")
+    assert {q: got[q] for q in want if q != "q3"} == {q: want[q] for q in want if q != "q3"}
+    assert list(got["q3"]) == list(first["q3"]) and len(seen) == 18 + len(broken)
+    counts = json.loads((tmp_path / "t.run.json").read_text())["counts"]
+    assert counts["malformed"] == 1 and counts["answer tokens"] == 3 and counts["queries kept in order"] == 1
+
+
+@pytest.mark.parametrize("fault", ["500", "html", "hang up"])
+def test_a_server_that_is_down_is_asked_by_one_thread_at_a_time(graded, serve, monkeypatch, tmp_path, capsys, fault):
+    together, lock, most, four = [], threading.Lock(), [], threading.Barrier(4)
+
+    def handle(handler, number, body):
+        with lock:
+            together.append(number)
+            most.append(len(together))
+        if number < 4:
+            four.wait(10)
+        with lock:
+            together.remove(number)
+        if fault == "hang up":
+            return handler.connection.close()
+        reply(handler, 500 if fault == "500" else 200, b"<html>the proxy\nspeaks</html>")
+
+    url, seen = serve(handle)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 4, "--retries", 3) == 2
+    assert len(seen) == 4 + 3 and max(most[4:]) == 1  # the four that were under way, then one after the other
+    said = capsys.readouterr().err.splitlines()[1:]
+    pauses = [line.rpartition("; tried again in ")[2] for line in said[:-1]]
+    assert pauses == ["0.01 s", "0.02 s", "0.04 s"]
+    assert said[-1].startswith(f"error: {url}/v1/chat/completions: no answer in 4 tries (the last: ")
+    assert ("HTTP 500: <html>the proxy speaks</html>" if fault == "500" else "no chat completion") in said[-1]
+
+
+def test_a_request_that_fails_alone_has_its_own_tries(graded, serve, monkeypatch, tmp_path, capsys):
+    """The others' answers in between end the failures in a row, not the tries that the request has had itself."""
+    left = {"q1": 4}
+
+    def handle(handler, number, body):
+        if left.get(judged(body)[0], 0):
+            left[judged(body)[0]] -= 1
+            return reply(handler, 500, b"busy")
+        time.sleep(0.03)
+        completion(handler, perfect(body))
+
+    url, seen = serve(handle)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 3, "--retries", 4) == 0
+    assert read_run(tmp_path / "t.run") == expected(graded) and len(seen) == 18 + 4
+    left["q1"] = 10**6
+    assert llm(monkeypatch, graded, url, tmp_path / "u.run", "--concurrency", 3, "--retries", 4) == 2
+    assert 10**6 - left["q1"] == 5 and "no answer in 5 tries" in capsys.readouterr().err
+    left["q1"] = 0
+    assert llm(monkeypatch, graded, url, tmp_path / "u.run") == 0 and read_run(tmp_path / "u.run") == expected(graded)
+
+
+def test_threads_that_wait_stop_at_once(graded, serve, monkeypatch, tmp_path, capsys):
+    def handle(handler, number, body):
+        if number:
+            time.sleep(0.3)
+            return reply(handler, 403, b"no")
+        reply(handler, 503, b"busy", [("Retry-After", "500")])
+
+    url, _ = serve(handle)
+    start = time.perf_counter()
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 3) == 2
+    assert time.perf_counter() - start < 30 and "HTTP 403: no" in capsys.readouterr().err
+
+
+def test_parameters_that_the_server_refuses(graded, serve, monkeypatch, tmp_path, capsys):
+    """The newer OpenAI models: each refusal is said once, and the form they want is kept for all that follows."""
+    refusals = {
+        "max_tokens": "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.",
+        "temperature": "Unsupported value: 'temperature' does not support 0 with this model.",
+        "seed": "Unrecognized request argument supplied: seed"}
+
+    def handle(handler, number, body):
+        named = [name for name in refusals if name in json.loads(body)]
+        if named:
+            return reply(handler, 422 if named[0] == "seed" else 400, refusals[named[0]].encode())
+        completion(handler, perfect(body))
+
+    url, seen = serve(handle)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 4) == 0
+    assert read_run(tmp_path / "t.run") == expected(graded)
+    bodies = [json.loads(body) for *_, body in seen]
+    assert all(b.keys() == {"model", "messages", "max_completion_tokens"} for b in bodies[12:])
+    assert len(bodies) <= 18 + 12
+    assert {b["max_completion_tokens"] for b in bodies[-18:]} == {80, 64, 48}
+    said = capsys.readouterr().err
+    assert [said.count(f"refuses {name} (HTTP 4") for name in refusals] == [1, 1, 1]
+    refusing, seen = serve(lambda handler, number, body: reply(handler, 400, b"temperature and seed: never"))
+    assert llm(monkeypatch, graded, refusing, tmp_path / "u.run", "--concurrency", 1) == 2
+    assert len(seen) == 2 and "HTTP 400: temperature and seed: never" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status, text", [
+    (400, "This model's maximum context length is 80 tokens, max_tokens is 80"), (400, "context_length_exceeded"),
+    (400, "the request exceeds the available context size, try increasing it"), (413, ""), (422, "prompt is too long")])
+def test_windows_beyond_the_servers_context(graded, serve, monkeypatch, tmp_path, capsys, status, text):
+    """Only they are asked again, with shorter passages; what was shortened is counted."""
+    limit = 60
+
+    def handle(handler, number, body):
+        said = json.loads(body)["messages"][1]["content"]
+        if len(re.findall("more|and", said)) > limit:
+            return reply(handler, status, text.encode())
+        completion(handler, perfect(body))
+
+    url, seen = serve(handle)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run") == 0
+    assert read_run(tmp_path / "t.run") == expected(graded)
+    counts = json.loads((tmp_path / "t.run.json").read_text())["counts"]
+    rows = [json.loads(line) for line in (tmp_path / "t.run.answers-0.jsonl").read_text().splitlines()[1:]]
+    assert 0 < counts["passages shortened"] == sum(row["shortened"] for row in rows) < 18 < len(seen)
+    limit = -1
+    assert llm(monkeypatch, graded, url, tmp_path / "u.run", "--concurrency", 1) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: query 'q0': 10 passages of one word are too long") and "lower --window" in error
+
+
+def answered(file):
+    return [json.loads(line) for line in file.read_text().splitlines()[1:]]
+
+
+DAMAGE = {  # of the line with q0's third answer: (what is put there, answers asked again)
+    "torn": lambda line: line[:40], "garbage": lambda line: b"\xff\x00\xfe" * 9, "deep": lambda line: b"[" * 99999,
+    "empty": lambda line: b"", "number": lambda line: b"17", "no text": lambda line: line.replace(b'"text"', b'"next"'),
+    "another type": lambda line: line.replace(b'"window": 2', b'"window": "2"'),
+    "another window": lambda line: line.replace(b'"window": 2', b'"window": 3'),
+    "another query": lambda line: line.replace(b'"q0"', b'"q1"'),
+    "a digit": lambda line: re.sub(rb"\[(\d+)\] > \[(\d+)\]", rb"[\2] > [\1]", line, count=1),
+    "a query that is a list": lambda line: line.replace(b'"q0"', b'["q0"]'), "twice": lambda line: line + b"\n" + line}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_answers_alone_are_asked_again(graded, serve, monkeypatch, tmp_path, capsys, damage):
+    url, seen = serve(lambda handler, number, body: completion(handler, perfect(body)))
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run") == 0
+    (tmp_path / "t.run").unlink()
+    file = tmp_path / "t.run.answers-0.jsonl"
+    lines, rows = file.read_bytes().splitlines(), answered(file)
+    place = next(i for i, row in enumerate(rows, 1) if (row["qid"], row["window"]) == ("q0", 2))
+    behind = [row for row in rows[place:] if row["qid"] == "q0"]
+    lines[place] = DAMAGE[damage](lines[place])
+    file.write_bytes(b"\n".join(lines))  # and the last one's end is lost
+    capsys.readouterr()
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run") == 0
+    assert read_run(tmp_path / "t.run") == expected(graded)
+    again = 0 if damage == "twice" else 1 + len(behind)
+    left = {"twice": 1, "empty": len(behind)}.get(damage, again)
+    assert len(seen) == 18 + again
+    assert f"going on after {18 - again} answers; {left} damaged lines left out\n" in capsys.readouterr().err
+    rows = answered(file)
+    assert len(rows) == 18 and sorted(Counter(row["qid"] for row in rows).values()) == [1, 4, 6, 7]
+
+
+@pytest.mark.parametrize("header", [b"", b"\n", b"\xff\x00", b'{"command": "li', b"[" * 99999 + b"\n", b"null\n"])
+def test_answers_with_a_wrong_header(graded, serve, monkeypatch, tmp_path, capsys, header):
+    url, seen = serve(lambda handler, number, body: completion(handler, perfect(body)))
+    file = tmp_path / "t.run.answers-0.jsonl"
+    file.write_bytes(header)
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run") == 2
+    error = capsys.readouterr().err.splitlines()[1:]
+    assert len(error) == 1 and error[0].startswith(f"error: {file}:1: damaged, or begun by a command with other flags")
+    assert "give --overwrite" in error[0] and file.read_bytes() == header and not seen
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--overwrite") == 0 and len(seen) == 18
+
+
+def test_answers_on_a_full_disk(graded, serve, monkeypatch, tmp_path, capsys):
+    """The file may not grow: one line says so, and with room again nothing that is kept is asked twice."""
+    url, seen = serve(lambda handler, number, body: completion(handler, perfect(body)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (1600, 2500):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 2) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        said = capsys.readouterr().err
+        assert "free some space" in said.splitlines()[-1] and "Traceback" not in said
+    assert 4 < len(seen) < 18
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 2) == 0
+    assert read_run(tmp_path / "t.run") == expected(graded) and len(seen) <= 18 + 2 * 2
+
+
+def test_a_judge_that_is_no_teacher_is_said(graded, serve, monkeypatch, tmp_path, capsys):
+    answers = {"t": "I cannot.", "u": " > ".join(f"[{i}]" for i in range(1, 11)), "v": "Sure! [2] > [1]"}
+    for name, text in answers.items():
+        url, _ = serve(lambda handler, number, body, text=text: completion(handler, text))
+        assert llm(monkeypatch, graded, url, tmp_path / f"{name}.run") == 0
+        what = "answers, all malformed or no query reordered: WARNING, this run is no teacher"
+        assert f"18 {what}" in capsys.readouterr().err.splitlines()[-1]
+        assert json.loads((tmp_path / f"{name}.run.json").read_text())["counts"][what] == 18
+
+
 def test_pauses_double_and_follow_the_server(graded, serve, monkeypatch, tmp_path):
     def handle(handler, number, body):
         if number < 5:
@@ -825,6 +1187,53 @@ def test_passages_are_shortened_to_the_context(graded, monkeypatch, tmp_path, ca
     (tmp_path / "llm" / "chat_template.jinja").unlink(missing_ok=True)
     assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "v.run") == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_a_model_whose_files_lack_weights(graded, monkeypatch, tmp_path, capsys):
+    """Random weights in place of lost ones would make a teacher without a word; tied ones are not lost."""
+    from safetensors.torch import load_file, save_file
+
+    for tied in (False, True):
+        folder = tmp_path / f"tied-{tied}"
+        model, fast = small_llm(folder)
+        if tied:
+            model.config.tie_word_embeddings = True
+            LlamaForCausalLM(model.config).save_pretrained(folder)
+        teacher.load_llm(str(folder), "float32", "cpu")
+        weights = load_file(folder / "model.safetensors")
+        assert ("lm_head.weight" in weights) != tied
+        lost = "model.embed_tokens.weight" if tied else "model.layers.1.self_attn.q_proj.weight"
+        save_file({k: v for k, v in weights.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
+        capsys.readouterr()
+        for command in (local, pointwise):
+            assert command(monkeypatch, graded, folder, tmp_path / "t.run") == 2
+            *before, error = capsys.readouterr().err.splitlines()
+            assert error.startswith(f"error: {folder}: its files lack ") and lost in error
+            assert not any("MISSING" in line for line in before)
+    assert not list(tmp_path.glob("t.run*"))
+
+
+def test_arguments_that_are_not_utf8(graded, monkeypatch, tmp_path, capsys):
+    for flag in (["--instruction", "caf\udce9"], ["--answers", "oui", "n\udcff"]):
+        assert pointwise(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run", *flag) == 2
+        assert capsys.readouterr().err == "error: --instruction and --answers are to be UTF-8 (see --help)\n"
+
+
+def test_pointwise_of_one_score_is_said(graded, monkeypatch, tmp_path, capsys):
+    small_llm(tmp_path / "llm")
+    monkeypatch.setattr(teacher.YesNo, "logits", lambda self, ids: np.zeros(len(ids), np.float32))
+    assert pointwise(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run", "--doc-length", 2) == 0
+    what = "queries, each with one score for all its documents: WARNING, this run is no teacher"
+    assert f"4 {what}" in capsys.readouterr().err  # the fifth has one document
+    (tmp_path / "t.run").unlink()
+    (tmp_path / "t.run.json").unlink()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(teacher, "write_summary", full)
+    assert pointwise(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run", "--doc-length", 2) == 2
+    assert not (tmp_path / "t.run").exists() and "goes on from what is written" in capsys.readouterr().err
 
 
 def pointwise(monkeypatch, graded, folder, out, *more):
