@@ -478,13 +478,14 @@ class CrossEncoder(nn.Module):
             return self(self.pack([query_ids[i] for i in part], [doc_ids[i] for i in part]))
 
         def run():
-            if not self.training:
-                return list((map if ahead else in_threads)(work, parts))
-            self.eval()
+            training = self.training
+            if training:
+                self.eval()
             try:
-                return run()
+                return list((map if ahead else in_threads)(work, parts))
             finally:
-                self.train()
+                if training:
+                    self.train()
 
         arrive = None
         if ahead and parts:
