@@ -15,12 +15,14 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import re
 import signal
 import sys
 import textwrap
 import time
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +36,8 @@ import pyarrow.csv
 FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)  # of a disk or quota
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "AP")
 ALPHA = 0.05
+MAX_GRADE = 10_000  # trec_eval's time for `ndcg` grows with the square of the highest grade: here 17 ms a query
+GRADE = f"whole number from {-MAX_GRADE:,} to {MAX_GRADE:,}"
 
 
 class BadInput(ValueError):
@@ -45,19 +49,18 @@ class BadInput(ValueError):
 # which either understands it (mixed blanks) or names the line that is wrong.
 
 
-class Layout(NamedTuple):
-    name: str
-    columns: int
-    query: int
-    document: int
-    value: int
-    number: type
-    line: str
+def grade(value):
+    """A grade of relevance, text or number, as int. Raises ValueError for what is not a GRADE."""
+    number = float(value)
+    if not number.is_integer() or abs(number) > MAX_GRADE:
+        raise ValueError(f"not a {GRADE}")
+    return int(number)
 
 
-RUN = Layout("TREC run", 6, 0, 2, 4, float, "qid Q0 docno rank score tag")
-QRELS = Layout("TREC qrels", 4, 0, 2, 3, np.int64, "qid 0 docno relevance")
-BEIR = Layout("BEIR qrels", 3, 0, 1, 2, np.int64, "query-id<TAB>corpus-id<TAB>score")
+Layout = namedtuple("Layout", "name columns query document value number kind line")  # 3 places of columns
+RUN = Layout("TREC run", 6, 0, 2, 4, float, "number", "qid Q0 docno rank score tag")
+QRELS = Layout("TREC qrels", 4, 0, 2, 3, grade, GRADE, "qid 0 docno relevance")
+BEIR = Layout("BEIR qrels", 3, 0, 1, 2, grade, GRADE, "query-id<TAB>corpus-id<TAB>score")
 
 
 class Columns(NamedTuple):
@@ -106,26 +109,48 @@ def read_bytes(path):
 def read_columns(path, layout):
     """A file as Columns in its own order. Raises BadInput naming file and line."""
     data = read_bytes(path)
-    if not data or data.isspace():
+    start = len(data) - len(data.lstrip())
+    if start == len(data):
         raise BadInput(f"{path}:1: the file is empty: a {layout.name} has lines of `{layout.line}`")
-    if layout is QRELS and data.removeprefix(b"\xef\xbb\xbf").startswith(b"query-id\t"):
+    fields = data[start:].split(b"\n", 1)[0].split(b"\t") if layout is QRELS else ()
+    if len(fields) == BEIR.columns and len(fields[-1].split()) == 1:
         layout = BEIR
-    return read_arrow(data, layout) or Columns.of(read_lines(path, data, layout))
+        try:
+            float(fields[-1].decode())
+        except ValueError:  # a header: its line is left empty, so that the others keep their numbers
+            data = data[:start] + data[start + len(b"\t".join(fields)) :]
+    columns = read_arrow(data, layout) or Columns.of(read_lines(path, data, layout))
+    if layout is RUN and int(os.environ.get("RANK", 0)) == 0 and falls_towards_first(data[: 1 << 16]):
+        print(f"{path}: scores fall towards rank 1: are they ranks or distances? Higher must be better: negate them",
+              file=sys.stderr)  # fmt: skip
+    return columns
+
+
+def falls_towards_first(head):
+    """Whether the scores fall, line by line, from the last rank to the first in most queries of these lines."""
+    ranked = {}
+    for fields in map(bytes.split, head.splitlines()):
+        if len(fields) == RUN.columns and fields[3].isdigit():
+            ranked.setdefault(fields[0], {})[float(fields[3])] = float(fields[4].decode())
+    lists = [[scores[rank] for rank in sorted(scores)] for scores in ranked.values() if len(scores) > 1]
+    return 2 * sum(x[0] < x[-1] and x == sorted(x) for x in lists) > len(lists)
 
 
 def read_arrow(data, layout):
     """Columns of well-formed text with one blank or one tab between columns; None for anything else."""
-    delimiter = b"\t" if b"\t" in data[: data.find(b"\n")] else b" "
-    if layout is not BEIR and data.find(b" " if delimiter == b"\t" else b"\t") >= 0:
+    delimiter, other = (b"\t", b" ") if b"\t" in data[: data.find(b"\n", 1)] else (b" ", b"\t")
+    text, odd = np.frombuffer(data, np.uint8), (other, b"\r", b"\v", b"\f", b"\0")
+    parts = (text[i : i + (1 << 20) + 1] for i in range(0, len(text), 1 << 20))
+    empty = any(((part[:-1] == delimiter[0]) & (part[1:] <= 32)).any() for part in parts)  # between two delimiters
+    if empty or data.endswith(delimiter) or any(byte in data for byte in odd):
         return None
     names = [str(i) for i in range(layout.columns)]
     query, document, value = (names[i] for i in layout[2:5])
-    number = pa.float64() if layout is RUN else pa.int64()
-    types = {query: pa.string(), document: pa.large_string(), value: number}
+    types = {query: pa.string(), document: pa.large_string(), value: pa.float64()}
     try:
         table = pa.csv.read_csv(
             pa.BufferReader(data),
-            pa.csv.ReadOptions(column_names=names, skip_rows=int(layout is BEIR)),
+            pa.csv.ReadOptions(column_names=names),
             pa.csv.ParseOptions(delimiter=delimiter.decode(), quote_char=False),
             pa.csv.ConvertOptions(column_types=types, include_columns=list(types)),
         )
@@ -134,10 +159,12 @@ def read_arrow(data, layout):
     rows, values, docids = len(table), table[value].to_numpy(), table[document].combine_chunks()
     if not rows or not np.isfinite(values).all() or not pc.min(pc.binary_length(docids)).as_py():
         return None
+    if layout is not RUN and ((values != np.rint(values)) | (np.abs(values) > MAX_GRADE)).any():
+        return None
     change = pc.not_equal(table[query].slice(1), table[query].slice(0, rows - 1)).to_numpy()
     starts = np.concatenate([[0], np.flatnonzero(change) + 1, [rows]])
     qids = table[query].take(pa.array(starts[:-1])).to_pylist()
-    whole = Columns(qids, starts, docids, values)
+    whole = Columns(qids, starts, docids, values if layout is RUN else values.astype(np.int64))
     if len(set(qids)) < len(qids):  # the lines of a query are scattered: bring them together, their order kept
         first = {q: i for i, q in enumerate(dict.fromkeys(qids))}
         which = np.repeat([first[q] for q in qids], np.diff(starts))
@@ -152,24 +179,23 @@ def read_lines(path, data, layout):
     """{qid: {docid: value}} from text with any blanks between columns. Raises BadInput at the first wrong line."""
     nested = {}
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip() or (layout is BEIR and number == 1):
+        if not line.strip():
             continue
         fields, where = line.split(b"\t") if layout is BEIR else line.split(), f"{path}:{number}"
         if len(fields) != layout.columns:
             raise BadInput(f"{where}: {len(fields)} columns, a {layout.name} has {layout.columns}: `{layout.line}`")
         try:
-            query, document, text = (fields[i].decode().strip() for i in layout[2:5])
+            query, document, text = (fields[i].strip().decode() for i in layout[2:5])
         except UnicodeDecodeError as e:
             raise BadInput(f"{where}: not UTF-8 ({e.reason}): convert the file to UTF-8") from None
         try:
             value = layout.number(text.replace("_", "?"))  # Python alone would read 1_000 as a number
         except (ValueError, OverflowError):
-            kind = "number" if layout is RUN else "whole number below 2^63"
-            raise BadInput(f"{where}: `{text}` is not a {kind}: the line should be `{layout.line}`") from None
+            raise BadInput(f"{where}: `{text[:40]}` is not a {layout.kind}: the line must be `{layout.line}`") from None
         if not np.isfinite(value):
-            raise BadInput(f"{where}: document {document} of query {query} has the score {text}: it must be finite")
-        if not query or not document:
-            raise BadInput(f"{where}: an empty query or document id: the line should be `{layout.line}`")
+            raise BadInput(f"{where}: document {document} of query {query} has the score {text[:40]}: not finite")
+        if not query or not document or "\0" in query + document:
+            raise BadInput(f"{where}: an id that is empty or holds a NUL: the line should be `{layout.line}`")
         if document in nested.setdefault(query, {}):
             raise BadInput(f"{where}: document {document} appears twice for query {query}: keep one of the lines")
         nested[query][document] = value
@@ -179,16 +205,12 @@ def read_lines(path, data, layout):
 
 
 def read_run(path):
-    """{qid: {docid: score}} of a TREC run (plain, gzip or zstd), queries and documents in the order of the file.
-
-    Raises BadInput (`FILE:LINE: ...`) for a wrong number of columns, a score that is no finite number, a document
-    listed twice for a query, bytes that are not UTF-8, a damaged archive or an empty file.
-    """
+    """{qid: {docid: score}} of a TREC run (plain, gzip or zstd) in the order of the file; BadInput is FILE:LINE: ..."""
     return read_columns(path, RUN).nested()
 
 
 def read_qrels(path):
-    """{qid: {docid: relevance}} of TREC qrels or of a BEIR .tsv with its header; as strict as read_run."""
+    """{qid: {docid: relevance}} of TREC qrels or of BEIR's, told apart by what they hold; as strict as read_run."""
     return read_columns(path, QRELS).nested()
 
 
@@ -207,41 +229,35 @@ class Measure(NamedTuple):
 
 
 FAMILIES = {  # ir_measures' name: trec_eval's without and with a cutoff
-    **dict.fromkeys(("ndcg",), ("ndcg", "ndcg_cut")),
+    "ndcg": ("ndcg", "ndcg_cut"),
     **dict.fromkeys(("ap", "map"), ("map", "map_cut")),
     **dict.fromkeys(("rr", "mrr"), ("recip_rank", "recip_rank")),
-    **dict.fromkeys(("p", "judged"), (None, "P")),
-    "r": (None, "recall"),
-    "success": (None, "success"),
+    **dict.fromkeys(("p", "precision", "judged"), (None, "P")),
+    **dict.fromkeys(("r", "recall"), (None, "recall")),
+    **dict.fromkeys(("success", "hit"), (None, "success")),
 }
+TREC_NAMES = re.compile(  # its own; others, or these with and without what belongs behind them, can end the process
+    r"11pt_avg|G|Rndcg|Rprec|binG|bpref|gm_bpref|gm_map|infAP|map|ndcg|ndcg_rel|num_(nonrel_judged_ret|q|rel|rel_ret|ret)"
+    r"|recip_rank|set_(F|P|map|recall|relative_P)|utility|(P|recall|success|relative_P|map_cut|ndcg_cut)_[1-9][0-9]{0,8}"
+    r"|(iprec_at_recall|Rprec_mult)_[0-9]\.[0-9][0-9]"
+)
 
 
 def parse_measure(name):
     """Measure of an ir_measures name (nDCG@10, AP(rel=2), RR(rel=2)@10) or of trec_eval's own (bpref, P_5)."""
-    match = re.fullmatch(r"([A-Za-z]+)(?:\(rel=([1-9])\))?(?:@([1-9]\d*))?", name)
+    match = re.fullmatch(r"([A-Za-z]+)(?:\(rel=([1-9])\))?(?:@([1-9][0-9]{0,8}))?", name)
     family = match and match[1].lower()
     trec = match and FAMILIES.get(family, (None, None))[bool(match[3])]
     if trec and not (match[2] and family in ("ndcg", "judged")):
         cut = int(match[3]) if match[3] else None
         trec = f"{trec}_{cut}" if cut and trec != "recip_rank" else trec
         return Measure(name, trec, int(match[2] or 1), cut, cut is None, family == "judged")
-    import pytrec_eval
-
-    try:
-        trial = pytrec_eval.RelevanceEvaluator({"q": {"d": 1}}, {asked(name)}).evaluate({"q": {"d": 1.0}})["q"]
-    except ValueError:
-        trial = {}
-    if name in trial and name not in ("relstring", "runid"):
+    if TREC_NAMES.fullmatch(name):
         return Measure(name, name, 1, None, False, False)
     raise BadInput(
         f"unknown measure `{name}`: nDCG@k nDCG RR@k RR AP@k AP P@k R@k Success@k Judged@k, where relevance is binary "
-        "with a grade, AP(rel=2) RR(rel=2)@10, or trec_eval's own, bpref P_5; RUN files go before --measures"
+        "with a grade, AP(rel=2) RR(rel=2)@10, or trec_eval's own, bpref P_5; k < 10^9; RUN files go before --measures"
     )
-
-
-def asked(trec):
-    """The request for a result of pytrec_eval: ndcg_cut.10 for ndcg_cut_10."""
-    return re.sub(r"_(?=[0-9.]+$)", ".", trec)
 
 
 def trec_order(run):
@@ -278,7 +294,7 @@ def drop_identical(run):
 
 def judged_ranks(qrels, run, order):
     """{qid: (documents returned, [(rank from 0, docid) of the judged ones])} of the queries in both."""
-    found = {q: (n, []) for q, n in zip(run.qids, np.diff(run.starts).tolist(), strict=True) if q in qrels}
+    found = {q: (n, []) for q, n in zip(run.qids, np.diff(run.starts).tolist(), strict=True) if n and q in qrels}
     known = pa.array({d for documents in qrels.values() for d in documents}, pa.large_string())
     rows = np.flatnonzero(pc.is_in(run.docids, value_set=known).to_numpy(zero_copy_only=False))
     place = np.empty_like(order)
@@ -308,10 +324,24 @@ def compact(returned, judged, cut, trim):
     SCORES.extend(-float(i) for i in range(len(SCORES), depth))
     docids = FILLERS[:depth]
     for rank, docid in judged:
-        if rank >= depth:
-            break
-        docids[rank] = docid
+        if rank < depth:
+            docids[rank] = docid
     return dict(zip(docids, SCORES, strict=False))
+
+
+def checked(qrels):
+    """The qrels as trec_eval can hold them, or BadInput: its C code takes anything else for what it is not."""
+    held = {}
+    for q, documents in qrels.items():
+        try:
+            held[q] = {d: grade(g) for d, g in documents.items()}
+            if re.search("[\0\n\ud800-\udfff]", "".join([q, *documents])):
+                raise ValueError("no id of a text file")
+        except (TypeError, ValueError, OverflowError):
+            raise BadInput(f"qrels of query {q!r}: a grade must be a {GRADE}, an id text of one line") from None
+        if max(held[q].values(), default=0) < 0:
+            held[q]["\n"] = 0  # its table of grades starts at 0, and it reads on where that is empty
+    return held
 
 
 def evaluate(qrels, run, measures=DEFAULT_MEASURES):
@@ -319,25 +349,29 @@ def evaluate(qrels, run, measures=DEFAULT_MEASURES):
 
     qrels {qid: {docid: int}}, run {qid: {docid: float}} (or read_columns' Columns), measures by ir_measures' names.
     RR@k cuts the run at rank k first, as MS MARCO does; nDCG has linear gains; Judged@k divides by the smaller of k
-    and the number of documents returned. Raises BadInput for an unknown measure or a score that is not finite.
+    and the number of documents returned; gm_* are logarithms, at least of 0.00001. BadInput: what it cannot hold.
     """
     import pytrec_eval
 
-    parsed = [parse_measure(m) for m in measures]
-    run = run if isinstance(run, Columns) else Columns.of(run)
-    if not np.isfinite(run.values.astype(float)).all():
-        at = np.searchsorted(run.starts, np.flatnonzero(~np.isfinite(run.values.astype(float))), side="right") - 1
-        raise BadInput(f"the run has scores that are not finite, e.g. for query {run.qids[at[0]]}: check the model")
+    parsed, qrels = [parse_measure(m) for m in measures], checked(qrels)
+    try:
+        run = run if isinstance(run, Columns) else Columns.of(run)
+        infinite = np.flatnonzero(~np.isfinite(run.values.astype(float)))
+    except (TypeError, ValueError, OverflowError):  # Arrow's and Unicode's errors are of these
+        raise BadInput("the run must be {qid: {docid: score}}, ids of text and scores that are numbers") from None
+    if len(infinite):
+        at = np.searchsorted(run.starts, infinite[0], side="right") - 1
+        raise BadInput(f"the run has scores that are not finite, e.g. for query {run.qids[at]}: check the model")
     ranks = judged_ranks(qrels, run, trec_order(run))
-    values = {q: dict.fromkeys(measures, 0.0) for q in qrels}
+    values = {q: {m.name: math.log(1e-5) if m.trec.startswith("gm_") else 0.0 for m in parsed} for q in qrels}
     for key in dict.fromkeys(m[2:] for m in parsed):
         rel, cut, trim, judged = key
         names = {m.name: m.trec for m in parsed if m[2:] == key}
         known = {q: dict.fromkeys(documents, 1) for q, documents in qrels.items()} if judged else qrels
-        evaluator = pytrec_eval.RelevanceEvaluator(known, {asked(t) for t in names.values()}, relevance_level=rel)
-        queries = list(ranks)
-        for i in range(0, len(queries), 256):  # in parts, or the rankings of all queries would fill the memory
-            part = {q: compact(*ranks[q], cut, trim) for q in queries[i : i + 256]}
+        wanted = {re.sub(r"_(?=[0-9.]+$)", ".", trec) for trec in names.values()}  # ndcg_cut.10 gives ndcg_cut_10
+        evaluator = pytrec_eval.RelevanceEvaluator(known, wanted, relevance_level=rel)
+        for i in range(0, len(ranks), 256):  # in parts, or the rankings of all queries would fill the memory
+            part = {q: compact(*ranks[q], cut, trim) for q in list(ranks)[i : i + 256]}
             for q, result in evaluator.evaluate(part).items():
                 scale = cut / max(1, min(cut, ranks[q][0])) if judged else 1.0
                 values[q].update({name: result[trec] * scale for name, trec in names.items()})
@@ -359,13 +393,7 @@ def mean(per_query):
 # {run: {column: cell, or None where the run lacks a dataset}}.
 
 
-class Comparison(NamedTuple):
-    first: str
-    second: str
-    column: str
-    difference: float  # of the means, first - second
-    p: float
-    p_holm: float
+Comparison = namedtuple("Comparison", "first second column difference p p_holm")  # of the means, first - second
 
 
 def value_of(cell):
@@ -496,13 +524,11 @@ def what_was_tested(table, comparisons, baseline, test):
     how = "paired t-test" if test == "t" else "paired randomisation test with 100,000 permutations"
     several = any(cell and len(cell) > 1 for row in table.values() for cell in row.values())
     marks = f"†/‡: better/worse than {baseline}" if baseline else "Raised letters: better than the run of that letter"
-    return (
-        f"{marks}, p < {ALPHA}; two-sided {how} over queries{', stratified by dataset' * several}; Holm correction "
-        f"over all {len(comparisons)} comparisons of this table."
-    )
+    tests = f"two-sided {how} over queries{', stratified by dataset' * several}"
+    return f"{marks}, p < {ALPHA}; {tests}; Holm correction over all {len(comparisons)} comparisons of this table."
 
 
-def markdown(title, shown, letters, notes):
+def markdown(title, shown, letters, notes, warnings=()):
     """Aligned Markdown, the best of each column in bold."""
     columns = list(next(iter(shown.values())))
     rows = [[title, *columns], ["---", *["---:"] * len(columns)]]
@@ -512,11 +538,11 @@ def markdown(title, shown, letters, notes):
         rows.append([f"{letters[name]} {name}" if name in letters else name, *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows]
-    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [f"\n{note}" for note in notes])
+    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [f"\n{note}" for note in [*notes, *warnings]])
 
 
-def latex(title, shown, letters, notes):
-    """A table for booktabs: the best of each column bold, the second underlined, the notes as its caption."""
+def latex(title, shown, letters, notes, warnings=()):
+    """A table for booktabs: best of each column bold, second underlined, notes as caption, warnings as comments."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {"†": r"\dag{}", "‡": r"\ddag{}", "<": "$<$", ">": "$>$", "|": r"\textbar{}"}
     special = str.maketrans(special | {c: f"\\{c}" for c in "&%$#_{}"})
@@ -531,13 +557,13 @@ def latex(title, shown, letters, notes):
         cells = [form[e.place] % t + m + e.between() for e, t, m in zip(row.values(), texts, marks, strict=True)]
         lines.append(" & ".join([label, *cells]) + r" \\")
     return "\n".join([
-        "% \\usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
-        r"\toprule", *lines, r"\bottomrule", r"\end{tabular}",
+        *(f"% {w}" for w in warnings), "% \\usepackage{booktabs}", r"\begin{table}", r"\centering",
+        rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", *lines, r"\bottomrule", r"\end{tabular}",
         rf"\caption{{{' '.join(notes).translate(special)}}}", r"\end{table}",
     ])  # fmt: skip
 
 
-def as_csv(title, shown, letters, notes):
+def as_csv(title, shown, letters, notes, warnings=()):
     """A line per run and column, values at full precision; the notes are comments at the end."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -546,7 +572,7 @@ def as_csv(title, shown, letters, notes):
         for column, e in row.items():
             value = e.text if e.value is None else repr(e.value)
             writer.writerow([name, letters.get(name, ""), column, value, *(e.interval or ("", "")), e.marks])
-    return text.getvalue() + "\n".join(f"# {note}" for note in notes)
+    return text.getvalue() + "\n".join(f"# {note}" for note in [*notes, *warnings])
 
 
 def markdown_table(results, measures=None, baseline=None, test=None, digits=4):
@@ -565,26 +591,21 @@ def markdown_table(results, measures=None, baseline=None, test=None, digits=4):
 
 # ---------------------------------------------------------------------------------------------- data and suites
 
-BEIR13 = (
-    "arguana climate-fever dbpedia-entity/test fever/test fiqa/test hotpotqa/test nfcorpus/test nq quora/test scidocs "
-    "scifact/test webis-touche2020/v2 trec-covid"
-).split()
+BEIR13 = """arguana climate-fever dbpedia-entity/test fever/test fiqa/test hotpotqa/test nfcorpus/test nq quora/test
+scidocs scifact/test webis-touche2020/v2 trec-covid""".split()
+LOTTE = "writing recreation science technology lifestyle".split()
 SUITES = {  # column: {name of the run file: ir_datasets id}, in the paper's order
     "paper": {
         "MSM dev": {"msmarco-dev": "msmarco-passage/dev/small"},
         "DL19": {"dl19": "msmarco-passage/trec-dl-2019/judged"},
         "DL20": {"dl20": "msmarco-passage/trec-dl-2020/judged"},
         "BEIR13": {path.split("/")[0]: f"beir/{path}" for path in BEIR13},
-        "LoTTE-S": {
-            f"lotte-{topic}": f"lotte/{topic}/test/search"
-            for topic in ("writing", "recreation", "science", "technology", "lifestyle")
-        },
+        "LoTTE-S": {f"lotte-{topic}": f"lotte/{topic}/test/search" for topic in LOTTE},
         "Rob04": {"robust04": "disks45/nocr/trec-robust-2004"},
     }
 }
-SUITES["nanobeir"] = {
-    "NanoBEIR": {d: f"nano-beir/{d}" for d in sorted({*SUITES["paper"]["BEIR13"], "msmarco"} - {"trec-covid"})}
-}
+NANO = sorted({*SUITES["paper"]["BEIR13"], "msmarco"} - {"trec-covid"})
+SUITES["nanobeir"] = {"NanoBEIR": {name: f"nano-beir/{name}" for name in NANO}}
 LOSSES = ("bce", "hinge", "marginmse", "infonce", "ranknet", "adrmse", "kl")
 
 
@@ -629,7 +650,7 @@ def is_one_of(dataset, names):
 
 def measure_for(measure, dataset):
     """The measure as the field has it on a dataset: on TREC-DL grade 1 is not relevant to a binary measure."""
-    binary = re.fullmatch(r"(M?RR|M?AP|P|R|Success)((?:@\d+)?)", measure, re.IGNORECASE)
+    binary = re.fullmatch(r"(M?RR|M?AP|P|Precision|R|Recall|Success|Hit)((?:@\d+)?)", measure, re.IGNORECASE)
     deep_learning = is_one_of(dataset, r"trec-dl-(?:20\d\d|hard)")
     return f"{binary[1]}(rel=2){binary[2]}" if binary and deep_learning else measure
 
@@ -658,12 +679,12 @@ def grouped(paths):
 class Judge:
     """Evaluates runs and keeps what tables and pictures need.
 
-    values {run: {dataset: {measure: array over queries}}}, queries {dataset: [qid]}, notes: what a reader must know,
-    timing {run: [seconds, pairs]} from the RUN.json that rerank.py leaves beside a run.
+    values {run: {dataset: {measure: array over queries}}}, queries {dataset: [qid]}, notes: how it was judged, as a
+    caption says, warnings: what may be wrong, timing {run: [seconds, pairs]} from the RUN.json that rerank.py leaves.
     """
 
     def __init__(self, measures):
-        self.measures, self.values, self.queries, self.notes, self.timing = measures, {}, {}, [], {}
+        self.measures, self.values, self.queries, self.timing, self.notes, self.warnings = measures, {}, {}, {}, [], []
 
     def add(self, name, qrels, files, dataset=None):
         """files {run: [path of each seed]}: values are means over the seeds, per query.
@@ -679,8 +700,8 @@ class Judge:
             for path in paths:
                 run, own = load_run(path, dataset)
                 dropped += own
-                self.count(path, run.qids, qrels)
                 found = evaluate(qrels, run, actual)
+                self.count(path, run, qrels, found)
                 for m, a in zip(self.measures, actual, strict=True):
                     kept[m] += np.array([found[q][a] for q in qrels]) / len(paths)
                 if os.path.exists(f"{path}.json"):
@@ -692,22 +713,27 @@ class Judge:
         """Adds the seconds and pairs that rerank.py noted beside a run."""
         try:
             spent = json.loads(read_bytes(path))
-            more = float(spent["seconds"]), int(spent["pairs"])
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f'{path}:1: not rerank.py\'s {{"seconds": ..., "pairs": ...}}: remove it') from None
+            more = seconds, pairs = float(spent["seconds"]), int(spent["pairs"])
+            if not (0 < pairs < 1e15 and 1e-9 < seconds / pairs < 1e9):
+                raise ValueError("nothing that took time")
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+            raise BadInput(f'{path}:1: not rerank.py\'s {{"seconds": ..., "pairs": ...}}, above 0: remove it') from None
         self.timing[run_name] = tuple(np.add(self.timing.get(run_name, (0, 0)), more).tolist())
 
-    def count(self, path, qids, qrels):
-        """Notes the queries that only the run or only the qrels have."""
-        here = set(qids)
-        missing, extra = [q for q in qrels if q not in here], [q for q in qids if q not in qrels]
+    def count(self, path, run, qrels, found):
+        """Warns of the queries that only the run or only the qrels have, and of a run without a judged document."""
+        here = set(run.qids)
+        missing, extra = [q for q in qrels if q not in here], [q for q in run.qids if q not in qrels]
         if len(missing) == len(qrels):
             raise BadInput(f"{path}: no query of it is judged in the qrels: is it a run on this dataset?")
         what = "queries of the qrels are missing and count 0", "queries are not in the qrels and are left out"
         for some, text in zip((missing, extra), what, strict=True):
             if some:
                 ids = ", ".join(some[:5]) + ", ..." * (len(some) > 5)
-                self.notes.append(f"{path}: {len(some):,} {text} ({ids}).")
+                self.warnings.append(f"{path}: {len(some):,} {text} ({ids}).")
+        nothing = not any(value > 0 for row in found.values() for value in row.values())
+        if nothing and not any(judged for _, judged in judged_ranks(qrels, run, trec_order(run)).values()):
+            self.warnings.append(f"{path}: NONE of its documents is judged: are its ids those of the qrels?")
 
     def table(self, columns):
         """(table, {(run, column): text of an absent cell}); columns {name: [(dataset, measure)]}."""
@@ -735,21 +761,21 @@ def judge_suite(suite, folder, qrels_folder, measures):
             if len(found) == len(seeds):
                 files[model] = found
             elif found:
-                judge.notes.append(f"{model}: {short} is absent, {len(found)} files for {len(seeds)} seeds.")
+                judge.warnings.append(f"{model}: {short} is absent, {len(found)} files for {len(seeds)} seeds.")
         if files:
             try:
                 local = sorted(Path(qrels_folder).glob(f"{short}*")) if qrels_folder else []
                 local = next((p for p in local if p.name.split(".")[0] == short), None)
                 qrels = read_qrels(local) if local and local.is_file() else load_qrels(str(local or dataset))
             except BadInput as e:
-                judge.notes.append(f"{short} is absent, its {len(files)} runs have no qrels: {e}")
+                judge.warnings.append(f"{short} is absent, its {len(files)} runs have no qrels: {e}")
                 continue
             judge.add(dataset, qrels, files, dataset)
     stray = [str(p) for f in folders for p in sorted(f.rglob("*.run*")) if p not in used and p.suffix != ".json"]
     if stray:
-        judge.notes.append(f"Not named as a dataset of the suite (--help) and left out: {', '.join(stray)}.")
+        judge.warnings.append(f"Not named as a dataset of the suite (--help) and left out: {', '.join(stray)}.")
     if not judge.queries:
-        raise BadInput(" ".join([f"{folder}: no FOLDER/<model>/<dataset>.run to judge (--help).", *judge.notes]))
+        raise BadInput(" ".join([f"{folder}: no FOLDER/<model>/<dataset>.run to judge (--help).", *judge.warnings]))
     return judge
 
 
@@ -759,28 +785,25 @@ def backbone_and_loss(name):
     return match and (match[1], match[2])
 
 
-def add_paper(shown, digits, notes):
+def add_paper(shown, digits, notes, warnings):
     """The rows, below each that is named BACKBONE-LOSS the paper's figures and the difference."""
     data = json.loads(read_bytes(Path(__file__).with_name("results") / "paper-ndcg10.json"))
-    known = {(row["backbone"], row["loss"]): row for row in data["rows"]}
-    rows, notes[:] = {}, [*notes, f"paper: {data['what']} ({data['source']})."]
+    rows, known = {}, {(row["backbone"], row["loss"]): row for row in data["rows"]}
+    notes.append(f"paper: {data['what']} ({data['source']}).")
     for name, row in shown.items():
         rows[name], theirs = row, known.get(backbone_and_loss(name))
         if theirs is None:
-            notes.append(f"{name}: no row of the paper; its names are BACKBONE-LOSS, e.g. minilm-infonce.")
+            warnings.append(f"{name}: no row of the paper; its names are BACKBONE-LOSS, e.g. minilm-infonce.")
             continue
         values = dict(zip(data["columns"], theirs["values"], strict=True))
         rows[f"{name}: paper, {' '.join(theirs['paper'])}"] = {c: Entry(values[c], f"{values[c]:.3f}") for c in row}
-        change = {c: None if e.value is None else e.value - values[c] for c, e in row.items()}
-        rows[f"{name}: ours - paper"] = {
-            c: Entry(d, "" if d is None else f"{d:+.{digits}f}") for c, d in change.items()
-        }
+        gap = {c: None if e.value is None else e.value - values[c] for c, e in row.items()}
+        rows[f"{name}: ours - paper"] = {c: Entry(d, "" if d is None else f"{d:+.{digits}f}") for c, d in gap.items()}
     return rows
 
 
 def print_differences(args, qrels):
-    """The queries on which two runs differ most, with the text of the documents that moved within, into or out of
-    the top 10."""
+    """The queries on which two runs differ most, with the texts that moved within, into or out of the top 10."""
     runs = [load_run(path, args.dataset)[0] for path in args.diff]
     measure = measure_for(args.measures[0], args.dataset)
     before, after = ({q: row[measure] for q, row in evaluate(qrels, run, [measure]).items()} for run in runs)
@@ -801,8 +824,7 @@ def print_differences(args, qrels):
         print("|   A |   B | grade | document |\n| ---: | ---: | ---: | --- |")
         for d in moved:
             text = textwrap.shorten(passages.get(d, "").replace("|", "\\|"), 240, placeholder=" ...")
-            a, b = (r.get(d, "-") for r in ranks)
-            print(f"| {a:>3} | {b:>3} | {qrels[q].get(d, '-'):>5} | {d} {text} |")
+            print(f"| {ranks[0].get(d, '-'):>3} | {ranks[1].get(d, '-'):>3} | {qrels[q].get(d, '-'):>5} | {d} {text} |")
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -833,20 +855,19 @@ def plot_bars(plt, judge, table, args):
         axis.bar(where, values, width, label=name, color=COLOURS[i], hatch=HATCHES[i], edgecolor="white", linewidth=0)
         axis.errorbar(where, values, np.abs(intervals - values), fmt="none", ecolor="black", elinewidth=1, capsize=2)
     axis.set_xticks(range(len(columns)), columns)
-    axis.set_xlim(-0.5, len(columns) - 0.5)
-    axis.set_ylabel("mean, 95 % bootstrap interval")
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylabel="mean, 95 % bootstrap interval")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return figure
 
 
 def plot_heatmap(plt, judge, table, args):
     named = {n: pair for n in table if (pair := backbone_and_loss(n))}
-    if not named:
-        raise BadInput("--plot-kind heatmap needs runs named BACKBONE-LOSS, e.g. minilm-infonce")
+    columns = [c for c in next(iter(table.values())) if any(table[n][c] is not None for n in named)]
+    if not columns:
+        raise BadInput("--plot-kind heatmap needs runs named BACKBONE-LOSS, e.g. minilm-infonce, and a whole column")
     left_out(table, named, "not named BACKBONE-LOSS")
     backbones = list(dict.fromkeys(backbone for backbone, _ in named.values()))
     losses = [loss for loss in LOSSES if loss in {x for _, x in named.values()}]
-    columns = [c for c in next(iter(table.values())) if any(table[n][c] is not None for n in named)]
     across, down = min(3, len(columns)), -(-len(columns) // 3)
     size = 1 + across * (0.1 + 0.36 * len(losses)), down * (0.9 + 0.28 * len(backbones))
     figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -862,16 +883,16 @@ def plot_heatmap(plt, judge, table, args):
         for (i, j), value in np.ndenumerate(grid):
             colour, text = ("white" if value <= dark else "black"), ("absent" if np.isnan(value) else f"{value:.3f}")
             axis.text(j, i, text.removeprefix("0"), ha="center", va="center", fontsize=7, color=colour)
-        axis.set_title(column)
         axis.set_xticks(range(len(losses)), losses, rotation=35, ha="right", rotation_mode="anchor")
-        axis.set_yticks(range(len(backbones)), backbones)
+        axis.set(title=column, yticks=range(len(backbones)), yticklabels=backbones)
     return figure
 
 
 def plot_difference(plt, judge, table, args):
-    if len(table) != 2 or len(judge.queries) > 1:
+    columns = [c for c in next(iter(table.values())) if all(row[c] is not None for row in table.values())]
+    if len(table) != 2 or len(judge.queries) > 1 or not columns:
         raise BadInput("--plot-kind difference takes two runs on one dataset")
-    (first, second), column, (queries,) = table, next(iter(next(iter(table.values())))), judge.queries.values()
+    (first, second), column, (queries,) = table, columns[0], judge.queries.values()
     delta = table[second][column][0] - table[first][column][0]
     order = np.argsort(delta, kind="stable")
     delta, better, worse = delta[order], int((delta > 0).sum()), int((delta < 0).sum())
@@ -882,9 +903,8 @@ def plot_difference(plt, judge, table, args):
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.bar(range(len(delta)), delta, 0.85, color=np.where(delta < 0, COLOURS[5], COLOURS[0]))
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks([])
-    axis.set_xlabel(f"{len(delta)} queries: {better} better, {worse} worse, {len(delta) - better - worse} equal")
-    axis.set_ylabel(f"difference in {column}")
+    counts = f"{len(delta)} queries: {better} better, {worse} worse, {len(delta) - better - worse} equal"
+    axis.set(xticks=[], xlabel=counts, ylabel=f"difference in {column}")
     axis.set_title(f"{second} − {first}", fontsize=9)
     axis.set_ylim(*(np.abs(delta).max(initial=0.01) * np.array([-1.1, 1.1])))  # free corners for the lists of queries
     best = range(len(delta) - 1, len(delta) - 1 - min(5, better), -1)
@@ -908,22 +928,21 @@ def plot_latency(plt, judge, table, args):
         look = {"fmt": "osD^vPX*"[i % 8], "color": COLOURS[i % 6], "capsize": 2, "elinewidth": 0.8}
         axis.errorbar(1000 * seconds / pairs, y, [[y - low], [high - y]], label=n, **look)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axis.set_xscale("log")
+    axis.set(xscale="log", xlabel="milliseconds per query-document pair", ylabel=f"{column}, 95 % bootstrap interval")
     axis.margins(x=0.2)
     low, high = axis.get_xlim()
     ticks = [x for x in (m * 10.0**k for k in range(-3, 6) for m in (1, 2, 3, 5, 7)) if low <= x <= high]
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axis.set_xticks([], minor=True)
-    axis.set_xlabel("milliseconds per query-document pair")
-    axis.set_ylabel(f"{column}, 95 % bootstrap interval")
     return figure
 
 
 PLOTS = {"bars": plot_bars, "heatmap": plot_heatmap, "difference": plot_difference, "latency": plot_latency}
+PICTURES = {".png": None, ".pdf": "CreationDate", ".svg": "Date"}  # what matplotlib calls the time it writes in them
 
 
 def picture(judge, table, args):
-    """PNG of the chosen kind. matplotlib is imported here only: nothing else needs it."""
+    """The picture's bytes, of the kind its name says. matplotlib is imported here only: nothing else needs it."""
     try:
         import matplotlib
     except ImportError:
@@ -932,17 +951,18 @@ def picture(judge, table, args):
     import matplotlib.pyplot as plt
 
     look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
-    with plt.rc_context(look | {"text.parse_math": False}):  # a query may hold dollar signs
-        figure, png = PLOTS[args.plot_kind](plt, judge, table, args), io.BytesIO()
-        figure.savefig(png, format="png", dpi=200, bbox_inches="tight")
+    with plt.rc_context(look | {"text.parse_math": False, "svg.hashsalt": ""}):  # a query may hold dollar signs
+        figure, file, kind = PLOTS[args.plot_kind](plt, judge, table, args), io.BytesIO(), args.plot[-4:].lower()
+        undated = PICTURES[kind] and {PICTURES[kind]: None}  # the same table gives the same bytes
+        figure.savefig(file, format=kind[1:], dpi=200, bbox_inches="tight", metadata=undated)
         plt.close(figure)
-    return png.getvalue()
+    return file.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def guarded(main):
+def guarded(main, interrupted="interrupted; the same command goes on where this one stopped"):
     """Runs a script's main: bad input ends with one line on stderr and exit code 2, what is interrupted with 130."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -954,8 +974,10 @@ def guarded(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
+    except MemoryError as e:
+        why = f"out of memory ({e}); a smaller --batch-size, --list-size, --depth or --max-tokens takes less"
     except OSError as e:
         if not e.filename and e.errno not in FULL:
             raise
@@ -968,7 +990,7 @@ def guarded(main):
         why = e
     if int(os.environ.get("RANK", 0)):
         time.sleep(2)  # torchrun ends all ranks when rank 0 has failed: what it said too is not said again
-    print(f"error: {why}", file=sys.stderr)
+    print(f"error: {' '.join(str(why).splitlines())}", file=sys.stderr)  # names may hold line breaks
     return 2
 
 
@@ -979,25 +1001,24 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (see --help)")
 
 
-def at_least(least):
-    """The type of a flag that takes whole numbers from `least` on."""
+def at_least(least, most=10**9):
+    """The type of a flag that takes whole numbers from `least` to `most`."""
 
     def whole(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is too small: {least} or more")
+        if not re.fullmatch(r"-?[0-9]{1,10}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: a whole number from {least} to {most:,}")
         return int(text)
 
     return whole
 
 
 def parse_args(argv):
-    names = ""
+    names = "names of the run files of the suites:\n"
     for suite, columns in SUITES.items():
         lines = "; ".join(f"{column} = {' '.join(group)}" for column, group in columns.items())
         names += textwrap.fill(f"{suite}: {lines}", 110, initial_indent="  ", subsequent_indent="    ") + "\n"
     form = argparse.RawDescriptionHelpFormatter
-    epilog = f"names of the run files of the suites:\n{names}"
-    parser = Parser(prog="evaluate.py", description=__doc__, epilog=epilog, formatter_class=form)
+    parser = Parser(prog="evaluate.py", description=__doc__, epilog=names, formatter_class=form)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="TREC runs, also .gz .zst; X-seed1 X-seed2 are averaged per query")
     add("--dataset", metavar="ID|FOLDER|pydocs", help="an ir_datasets id, a BEIR folder or pydocs (or these/SPLIT)")
@@ -1012,9 +1033,9 @@ def parse_args(argv):
     add("--intervals", action="store_true", help="95 %% bootstrap intervals beside the values")
     add("--compare", choices=["paper"], help="the paper's nDCG@10 and the difference below each run of --suite paper")
     add("--format", choices=("markdown", "latex", "json", "csv"), default="markdown", help="default: markdown")
-    add("--digits", type=at_least(0), default=4, help="decimals (default: 4)")
+    add("--digits", type=at_least(0, 15), default=4, help="decimals (default: 4)")
     add("--per-query", nargs="?", const="-", metavar="FILE", help="all values as TSV; without FILE to stdout alone")
-    add("--plot", metavar="FILE.png", help="a picture of the first table (matplotlib)")
+    add("--plot", metavar="FILE.png", help="a picture of the first table; also .pdf .svg (matplotlib)")
     add("--plot-kind", choices=PLOTS, default="bars", help="bars (default); heatmap: backbone x loss of runs named "
         "so; difference: two runs query by query; latency: against RUN.json's timing")  # fmt: skip
     add("--diff", nargs=2, metavar=("A", "B"), help="prints the queries two runs differ on, by the first measure")
@@ -1034,9 +1055,17 @@ def parse_args(argv):
             raise BadInput(f"{measure} is not a mean over queries, as a table needs")
     if args.compare and (args.suite != "paper" or args.measures != ["nDCG@10"] or args.per_dataset):
         raise BadInput("--compare paper is for --suite paper with nDCG@10, all that is known of it")
-    for path in {args.plot, args.per_query} - {None, "-"}:
+    if args.plot and Path(args.plot).suffix.lower() not in PICTURES:
+        raise BadInput(f"--plot {args.plot}: name it .png, .pdf or .svg")
+    read = *args.runs, args.baseline, args.qrels, args.folder, args.dataset, args.dataset and f"{args.dataset}/../qrels"
+    taken = {Path(os.path.realpath(f"{path}{end}")) for path in read if path for end in ("", ".json")}
+    for path in [p for p in (args.plot, args.per_query) if p not in (None, "-")]:
         if Path(path).exists() and not args.overwrite:
             raise BadInput(f"{path}: exists already: choose another name or add --overwrite")
+        place = Path(os.path.realpath(path))  # resolve() raises where a link leads to itself
+        if place in taken or (place.exists() and taken & set(place.parents)):
+            raise BadInput(f"{path}: this command reads it, or writes it already: choose another name")
+        taken.add(place)
         if not Path(path).parent.is_dir():
             raise BadInput(f"{path}: the folder {Path(path).parent} does not exist: make it first")
     return args
@@ -1045,7 +1074,7 @@ def parse_args(argv):
 def report(judge, columns, title, args):
     """(table, text in the chosen format) of one table."""
     table, absent = judge.table(columns)
-    notes, baseline = list(judge.notes), None
+    notes, warnings, baseline = list(judge.notes), list(judge.warnings), None
     if args.baseline:
         near = {args.baseline, *grouped([args.baseline])}
         baseline = next((n for n in table if n in near or n.partition(" (")[0] in map(without_seed, near)), None)
@@ -1053,25 +1082,25 @@ def report(judge, columns, title, args):
             raise BadInput(f"--baseline {args.baseline}: not one of the runs: {', '.join(table)}")
     tested = args.test != "none" and len(table) > 1
     if tested and baseline is None and len(table) > len(LETTERS):
-        notes.append(f"Not tested: {len(table)} runs are too many for letters; test against one with --baseline.")
+        warnings.append(f"Not tested: {len(table)} runs are too many for letters; test against one with --baseline.")
         tested = False
     comparisons = compare(table, baseline, args.test, seed=args.seed) if tested else []
     letters = dict(zip(table, LETTERS, strict=False)) if comparisons and baseline is None else {}
     shown = entries(table, comparisons, baseline, args.digits, args.intervals, args.seed, absent)
     if any(cell is None for row in table.values() for cell in row.values()):
-        notes.append("absent: without run or qrels; no mean is formed over a part of its datasets.")
+        warnings.append("absent: without run or qrels; no mean is formed over a part of its datasets.")
     if args.intervals:
         notes.append("[low, high]: 95 % interval of the mean, percentile bootstrap over queries, 10,000 resamples.")
     if comparisons:
         notes.append(what_was_tested(table, comparisons, baseline, args.test))
     if args.compare:
-        shown = add_paper(shown, args.digits, notes)
+        shown = add_paper(shown, args.digits, notes, warnings)
     if args.format != "json":
         write = {"markdown": markdown, "latex": latex, "csv": as_csv}[args.format]
-        return table, write(title, shown, letters, notes)
+        return table, write(title, shown, letters, notes, warnings)
     runs = {n: {c: e._asdict() for c, e in row.items()} for n, row in shown.items()}
     tests = [c._asdict() | {"significant": c.p_holm < ALPHA} for c in comparisons]
-    what = {"title": title, "letters": letters, "runs": runs, "tests": tests, "notes": notes}
+    what = {"title": title, "letters": letters, "runs": runs, "tests": tests, "notes": notes + warnings}
     return table, json.dumps(what, indent=1, ensure_ascii=False)
 
 
@@ -1101,15 +1130,18 @@ def main(argv=None):
         for n, by_dataset in judge.values.items():
             for d, by_measure in by_dataset.items():
                 for m, values in by_measure.items():
-                    start = f"{n}\t{d}\t"
                     pairs = zip(judge.queries[d], values.tolist(), strict=True)
                     shown = m if args.qrels and not args.suite else measure_for(m, d)
-                    lines += [f"{start}{q}\t{shown}\t{value!r}" for q, value in pairs]
+                    lines += [f"{n}\t{d}\t{q}\t{shown}\t{value!r}" for q, value in pairs]
         files[args.per_query] = ("\n".join(lines) + "\n").encode()
     for path, content in files.items():
         if path != "-":
-            Path(f"{path}.tmp").write_bytes(content)  # renamed when whole: no reader meets half a file
-            os.replace(f"{path}.tmp", path)
+            part = Path(f"{path}.{os.getpid()}.tmp")
+            try:
+                part.write_bytes(content)  # renamed when whole: no reader meets half a file
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
     texts = [text for _, text in done]
     if args.format == "json" and len(texts) > 1:
         texts = ["[" + ",\n".join(texts) + "]"]
@@ -1122,4 +1154,4 @@ if __name__ == "__main__":
     # one that rerank raises would pass the `except` of the other.
     import evaluate as this
 
-    sys.exit(this.guarded(this.main))
+    sys.exit(this.guarded(this.main, "interrupted"))

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -199,11 +200,68 @@ def test_gains_are_linear():
 
 
 @pytest.mark.parametrize(
-    "name", ["nDCG(rel=2)@10", "P", "R", "nDGC@10", "RR@0", "ndcg_cut", "relstring", "runid", "x"]
-)
+    "name", ["nDCG(rel=2)@10", "P", "R", "nDGC@10", "RR@0", "ndcg_cut", "relstring", "runid", "x", "", "Recall",
+             "nDCG@99999999999999999999", "R@1000000000", "nDCG@1\u0663", "P_0", "P_05", "P_5,10", "P_0.5", "P_5\n",
+             "P_99999999999", "G_5", "ndcg_5", "Rndcg_10", "ndcg_rel_5", "success_0.50", "utility_5", "utility_1,0,0,0",
+             "map_5", "set_F_2", "iprec_at_recall_99999999999.00", "Rprec_mult_1000000000.00", "all_trec", "prefs"]
+)  # fmt: skip
 def test_unknown_measures(name):
+    """Of these, what has a base that trec_eval knows ends its process or is a KeyError."""
     with pytest.raises(e.BadInput, match="unknown measure"):
         e.evaluate({"q": {"a": 1}}, {"q": {"a": 1.0}}, [name])
+
+
+def test_measures_have_the_other_names_of_the_field():
+    qrels, run = generated(20)
+    same = {"Recall@20": "R@20", "recall@20": "R@20", "Recall(rel=2)@20": "R(rel=2)@20", "Precision@5": "P@5",
+            "Hit@3": "Success@3", "MRR@10": "RR@10", "MAP": "AP", "NDCG@10": "nDCG@10", "ndcg": "nDCG",
+            "P@999999999": "P_999999999"}  # fmt: skip
+    for values in e.evaluate(qrels, run, [*same, *same.values()]).values():
+        assert all(values[name] == values[known] for name, known in same.items())
+    for name in ("Recall", "Precision", "Hit"):
+        assert e.measure_for(f"{name}@5", "msmarco-passage/trec-dl-2019/judged") == f"{name}(rel=2)@5"
+        assert e.measure_for(f"{name}@5", "beir/nq") == f"{name}@5"
+
+
+def test_what_ends_trec_eval_is_kept_from_it():
+    """In a process of its own: queries without a grade from 0 on, and without a document, were segmentation faults."""
+    code = """if True:
+        import json, evaluate as e, pytrec_eval
+        names = [m for m in pytrec_eval.supported_measures if e.TREC_NAMES.fullmatch(m)]
+        names += [f"{m}_5" for m in ("P", "recall", "success", "relative_P", "map_cut", "ndcg_cut")]
+        names += ["P_999999999", "iprec_at_recall_0.10", "iprec_at_recall_9.99", "Rprec_mult_0.00", "Rprec_mult_9.99"]
+        qrels = {"q1": {"a": 3}, "q2": {"a": -2, "b": -2}, "q3": {"a": 1}, "q4": {}, "q5": {"a": -2}}
+        run = {"q1": {"a": 1.0}, "q2": {"a": 2.0, "c": 1.0}, "q3": {}, "q4": {"a": 1.0}, "q5": {"z": 1.0}}
+        print(json.dumps([names, e.evaluate(qrels, run, names + ["Judged@2"]), e.evaluate({}, run), e.mean({})]))
+        """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    names, values, *empty = json.loads(done.stdout)
+    assert len(names) == 36 - 12 + 11 and empty == [{}, {}]
+    assert values["q1"]["ndcg"] == 1 and values["q2"]["Judged@2"] == 0.5 and values["q2"]["num_ret"] == 2
+    for q in ("q2", "q3", "q4", "q5"):
+        assert not any(v for m, v in values[q].items() if not m.startswith(("gm_", "num_", "Judged", "utility"))), q
+        assert values[q]["gm_map"] == pytest.approx(math.log(1e-5))  # as trec_eval -c has it, not log(1)
+
+
+@pytest.mark.parametrize("wrong", [10_001, -10_001, 2**31 - 1, 2**32, 2**62, -(2**63), 10**400, 0.5, math.nan, math.inf,
+                                   None, "high", [1]])  # fmt: skip
+def test_grades_that_trec_eval_cannot_hold_name_the_query(wrong):
+    with pytest.raises(e.BadInput, match="query 'q2': a grade must be a whole number from -10,000 to 10,000"):
+        e.evaluate({"q": {"a": 1}, "q2": {"a": wrong}}, {"q": {"a": 1.0}}, ["AP"])
+
+
+def test_grades_and_scores_of_other_types():
+    grades = {"a": True, "b": np.int64(2), "c": 3.0, "d": np.int8(-1), "e": 10_000}
+    run = {"q": {d: np.float32(i) for i, d in enumerate(grades)}}
+    assert e.evaluate({"q": grades}, run) == e.evaluate({"q": {d: int(g) for d, g in grades.items()}}, run)
+    for odd in ("a\0", "a\nb", "\ud800", 5, None):
+        for qrels in ({odd: {"a": 1}}, {"q": {odd: 1}}):
+            with pytest.raises(e.BadInput, match="an id text of one line"):
+                e.evaluate(qrels, {"q": {"a": 1.0}})
+    for ranking in ({"\ud800": 1.0}, {5: 1.0, "a": 2.0}, {"a": {}}, {"a": 10**400}, {"a": "high"}):
+        with pytest.raises(e.BadInput, match="scores that are numbers"):
+            e.evaluate({"q": {"a": 1}}, {"q": ranking})
 
 
 def test_scores_that_are_not_finite_name_the_query():
@@ -312,6 +370,12 @@ def test_qrels(tmp_path):
         "1\t0\ta\t2\n1\tQ0\tb\t-1\n2\t0\tc\t0",
         "query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t-1\n2\tc\t0\n",
         "query-id\tcorpus-id\tscore\r\n1\ta\t2\r\n1\tb\t-1\r\n2\tc\t0\r\n",
+        "\ufeffquery_id\tcorpus_id\trelevance\n1\ta\t2\n1\tb\t-1\n2\tc\t0\n",
+        "\nqid\tdid\trel\n\n1\ta\t2\n1\tb\t-1\n2\tc\t0\n",
+        "1\ta\t2\n1\tb\t-1\n2\tc\t0\n",  # no header
+        "1\ta \t2.0\n1\tb\t-1.00\n2\tc\t0.0\n",  # as pandas writes them
+        "1 0 a 2.0\n1 0 b -1.\n2 0 c 0\n",
+        "1\t0\ta 2\n1\t0\tb -1\n2 0\tc\t0\n",
     ):
         path.write_text(text, newline="")
         assert e.read_qrels(path) == expected
@@ -319,6 +383,13 @@ def test_qrels(tmp_path):
         ("1 0 a 2\n1 0 a 2\n", "2: document a appears twice"),
         ("1 0 a 1.5\n", "1: `1.5` is not a whole number"),
         (f"1 0 a 1\n1 0 b {2**63}\n", f"2: `{2**63}` is not a whole number"),
+        ("1 0 a 10000\n1 0 b 10001\n", "2: `10001` is not a whole number from -10,000 to 10,000"),
+        ("1\ta\t1\n1\tb\t-10001\n", "2: `-10001` is not a whole number"),
+        ("query-id\tcorpus-id\tscore\n1\ta\t0.5\n", "2: `0.5` is not a whole number"),
+        ("1\ta\t0.5\n", "1: `0.5` is not a whole number"),  # no header: its last field is a number
+        (f"1 0 a {'9' * 5000}\n", f"1: `{'9' * 40}` is not a whole number"),
+        ("1 0 a 0x1F\n", "1: `0x1F` is not a whole number"),
+        ("1 0 a\0 1\n", "1: an id that is empty or holds a NUL"),
         ("1 a 1\n", "1: 3 columns"),
         ("query-id\tcorpus-id\tscore\n", "1: there are no judgments"),
         ("query-id\tcorpus-id\tscore\n1\ta\n", "2: 2 columns"),
@@ -326,6 +397,55 @@ def test_qrels(tmp_path):
         path.write_text(text)
         with pytest.raises(e.BadInput, match=re.escape(message)):
             e.read_qrels(path)
+
+
+def test_qrels_are_told_apart_by_their_content(folder, capsys):
+    """TREC qrels, with blanks or tabs, under the name of a BEIR folder's file."""
+    corpus, expected = folder / "trec-dl-2042", e.read_qrels(folder / "qrels.txt")
+    assert e.load_qrels(str(corpus)) == expected
+    for between in (" ", "\t"):
+        text = (folder / "qrels.txt").read_text().replace(" ", between)
+        (corpus / "qrels" / "test.tsv").write_text(text)
+        assert e.load_qrels(str(corpus)) == expected
+
+
+def test_scores_that_fall_towards_rank_one_are_said(tmp_path, capsys, monkeypatch):
+    def said(score, rank="{rank}", head=""):
+        lines = [f"q{q} Q0 d{r} {rank.format(rank=r)} {score(q, r)} t\n" for q in range(9) for r in range(1, 9)]
+        (tmp_path / "x.run").write_text(head + "".join(lines))
+        e.read_run(tmp_path / "x.run")
+        return capsys.readouterr().err
+
+    line = f"{tmp_path}/x.run: scores fall towards rank 1: are they ranks or distances?"
+    for score in (lambda q, r: r, lambda q, r: math.sqrt(r) - 9, lambda q, r: r if q < 5 else -r, lambda q, r: r // 2):
+        err = said(score)
+        assert err.startswith(line) and "Higher must be better" in err and err.count("\n") == 1
+    for score in (lambda q, r: -r, lambda q, r: 1, lambda q, r: r if q < 4 else -r, lambda q, r: r * (-1) ** r):
+        assert said(score) == ""
+    for rank in ("1", "0", "x", "-"):
+        assert said(lambda q, r: r, rank) == ""
+    assert said(lambda q, r: r, head="z Q0 d 1 1 t\n") and said(lambda q, r: r, head="z Q0 d\t1 1 t\n")
+    # only the head of a long file is looked at, and its last line is cut
+    assert said(lambda q, r: -r, head="".join(f"z Q0 d{i} {i} {i}.25 t\n" for i in range(9000))).startswith(line)
+    monkeypatch.setenv("RANK", "1")
+    assert said(lambda q, r: r) == ""
+
+
+@pytest.mark.parametrize("layout, text", [
+    *((e.RUN, t) for t in ("q Q0  1 2 t\n", "q Q0 d 1 2 \n", "q  d 1 2 t\n", " Q0 d 1 2 t\n", "q Q0 d 1 2 ")),
+    *((e.RUN, t) for t in ("q Q0 d 1 2 t\rq Q0 e 1 2 t\n", "q Q0 d\vx 1 2 t\n", "q Q0 d\f 1 2 t\n", "q Q0 d\0 1 2 t")),
+    *((e.RUN, t) for t in ("q Q0 d\u2003 1 2 t\n", "q Q0 \xa0d 1 2 t\n", "q Q0 d\x1c 1 2 t\n", "q Q0 d\x85 1 2 t\n")),
+    *((e.RUN, f"q Q0 d 1 {score} t\n") for score in ("0x1F", "1e400", "NA", "nan", "1_0", "\u0661", "+1", "1.", ".5")),
+    *((e.QRELS, f"q 0 d {grade}\n") for grade in ("0x1F", "1.0", "1.5", "10001", "-0", "007", "null", "1e2", "2.")),
+    *((e.BEIR, t) for t in ("q \td\t1\n", "q\t d\t1\n", "q\td\t1\r\n", "q\td\t1\t\n", "q\t\t1\n", "\td\t1\n")),
+])  # fmt: skip
+def test_what_both_readers_accept_is_the_same(layout, text):
+    try:
+        slow = e.read_lines("x", text.encode(), layout)
+    except e.BadInput:
+        slow = None
+    fast = e.read_arrow(text.encode(), layout)
+    assert fast is None or fast.nested() == slow
 
 
 def test_both_readers_agree(tmp_path):
@@ -532,6 +652,44 @@ def test_latex(folder, capsys):
         assert subprocess.run(command, capture_output=True).returncode == 0
 
 
+def test_captions_say_how_and_comments_what_may_be_wrong(folder, capsys):
+    run = e.read_run(folder / "good.run")
+    del run["q3"]
+    write_run(folder / "less.run", run)
+    write_run(folder / "lost.run", {q: {"x": 1.0} for q in run})
+    arguments = "--dataset", folder / "trec-dl-2042", folder / "less.run", folder / "lost.run", "--format"
+    missing = f"{folder}/less.run: 1 queries of the qrels are missing and count 0 (q3)."
+    nothing = f"{folder}/lost.run: NONE of its documents is judged: are its ids those of the qrels?"
+    how = "40 queries", "grades from 2", "two-sided paired t-test"
+    _, out, _ = script(capsys, *arguments, "latex")
+    caption = next(line for line in out.splitlines() if line.startswith(r"\caption"))
+    comments = [line.removeprefix("% ") for line in out.splitlines() if line.startswith("% ")]
+    assert all(text in caption for text in how) and "missing" not in caption and "NONE" not in caption
+    assert {missing, nothing} < set(comments) and len(comments) == 4  # and q3 of the other, and the package
+    for form in ("markdown", "csv", "json"):
+        _, out, _ = script(capsys, *arguments, form)
+        notes = json.loads(out)["notes"] if form == "json" else [x.removeprefix("# ") for x in out.splitlines()]
+        assert {missing, nothing} < set(notes) and all(any(text in note for note in notes) for text in how)
+    # documents that are judged, for other queries
+    write_run(folder / "turned.run", {"q0": {"d19": 1.0}, "x": {"d1": 1.0}})
+    _, out, _ = script(capsys, "--qrels", folder / "qrels.txt", folder / "turned.run", folder / "good.run")
+    assert "turned.run: NONE of its documents" in out and "good.run: NONE" not in out
+    judged = {"q": {"a": 0, "b": -1}}
+    write_qrels(folder / "zero.txt", judged)
+    write_run(folder / "zero.run", {"q": {"b": 1.0}})
+    assert "NONE" not in script(capsys, "--qrels", folder / "zero.txt", folder / "zero.run")[1]
+
+
+def test_absent_datasets_stay_out_of_captions(suite, capsys):
+    arguments = "--suite", "paper", "--runs", suite / "runs", "--qrels", suite / "judged", "--compare", "paper"
+    _, out, _ = script(capsys, *arguments, "--format", "latex")
+    caption = next(line for line in out.splitlines() if line.startswith(r"\caption"))
+    comments = " ".join(line for line in out.splitlines() if line.startswith("% "))
+    for text in ("dl20 is absent", "mine.run", "absent: without run", "bm25: no row of the paper"):
+        assert text in comments and text not in caption
+    assert "results whose id is the query's own were dropped" in caption and "paper: " in caption
+
+
 def test_a_measure_named_twice_is_one_column(folder, capsys):
     _, out, _ = script(capsys, "--qrels", folder / "qrels.txt", folder / "good.run", "--measures", "AP", "AP")
     value = e.mean(e.evaluate(e.read_qrels(folder / "qrels.txt"), e.read_run(folder / "good.run"), ["AP"]))["AP"]
@@ -716,6 +874,9 @@ def test_the_papers_table_is_whole():
         ),
         (["--qrels", "qrels.txt", "good.run", "--plot", "x.png", "--plot-kind", "heatmap"], "BACKBONE-LOSS"),
         (["--qrels", "qrels.txt", "good.run", "--plot", "x.png", "--plot-kind", "latency"], "RUN.json"),
+        (["--qrels", "qrels.txt", "good.run", "--plot", "x.jpg"], "x.jpg: name it .png, .pdf or .svg"),
+        (["--qrels", "qrels.txt", "good.run", "--plot", "x"], "x: name it .png, .pdf or .svg"),
+        (["--qrels", "none.txt", "none.run", "--plot", ".png"], ".png: name it .png"),  # before any work
     ],
 )
 def test_bad_usage_is_one_line_and_status_two(arguments, what, folder, capsys, monkeypatch):
@@ -724,6 +885,73 @@ def test_bad_usage_is_one_line_and_status_two(arguments, what, folder, capsys, m
     status, out, err = script(capsys, *arguments)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and what in err
     assert not (folder / "x.png").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--qrels", "qrels.txt", "good.run", "--per-query", "./good.run"],
+    ["--qrels", "qrels.txt", "good.run", "--per-query", "qrels.txt"],
+    ["--qrels", "qrels.txt", "bad.run", "--per-query", "good.run", "--baseline", "good.run"],
+    ["--qrels", "qrels.txt", "good.run", "--per-query", "good.run.json"],
+    ["--qrels", "qrels.txt", "good.run", "--per-query", "link.txt"],
+    ["--dataset", "trec-dl-2042", "good.run", "--per-query", "trec-dl-2042/qrels/test.tsv"],
+    ["--dataset", "trec-dl-2042/test", "good.run", "--per-query", "trec-dl-2042/qrels/test.tsv"],
+    ["--suite", "paper", "--runs", "runs", "--qrels", "judged", "--per-query", "runs/bm25/dl19.run"],
+    ["--suite", "paper", "--runs", "runs", "--qrels", "judged", "--per-query", "judged/dl19.qrels"],
+    ["--qrels", "qrels.txt", "good.run", "--per-query", "new.png", "--plot", "./new.png"],
+])  # fmt: skip
+def test_no_output_takes_the_place_of_an_input_or_another(arguments, suite, capsys, monkeypatch):
+    monkeypatch.chdir(suite)
+    (suite / "good.run.json").write_text('{"seconds": 1, "pairs": 2}')
+    (suite / "link.txt").symlink_to("good.run")
+    before = {p: p.read_bytes() for p in suite.rglob("*") if p.is_file()}
+    status, out, err = script(capsys, *arguments, "--overwrite")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "reads it, or writes it already: choose another" in err
+    assert {p: p.read_bytes() for p in suite.rglob("*") if p.is_file()} == before
+
+
+def test_outputs_are_whole_and_processes_do_not_meet(folder, capsys, monkeypatch):
+    command = "--qrels", folder / "qrels.txt", folder / "good.run", "--per-query", folder / "x.tsv"
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(a).name), replace(a, b)))
+    assert script(capsys, *command)[0] == 0 and moved == [f"x.tsv.{os.getpid()}.tmp"]
+    before = (folder / "x.tsv").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "No space left", str(a))))
+    status, _, err = script(capsys, *command, "--overwrite")
+    assert status == 2 and "No space left" in err and (folder / "x.tsv").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", [
+    *(f'{{"seconds": {seconds}, "pairs": 9}}' for seconds in ("0", "-1", "NaN", "Infinity", "1e300", "1e-300", "null")),
+    *(f'{{"seconds": 1, "pairs": {n}}}' for n in ("0", "-9", "NaN", "Infinity", "[9]", "9" * 5000, 10**400, "")),
+    *('{"seconds": -1, "pairs": -9}', f'{{"seconds": {10**400}, "pairs": 1}}', '{"seconds": 1}', '{"seconds": 1, "pa'),
+    *("[1]", "null", "", "\0", "\xff", "[" * 100_000, '{"a":' * 100_000),
+], ids=range(26))  # fmt: skip
+def test_damaged_run_json_is_one_line(content, tmp_path):
+    (tmp_path / "x.run.json").write_text(content, encoding="latin-1")
+    with pytest.raises(e.BadInput, match=re.escape(f"{tmp_path}/x.run.json:1: not rerank.py's")):
+        e.Judge([]).time("x", tmp_path / "x.run.json")
+
+
+def test_run_json_of_seeds_adds_up(tmp_path):
+    (tmp_path / "x.run.json").write_text('{"seconds": 1.5, "pairs": 10, "model": "m"}')
+    judge = e.Judge([])
+    judge.time("x", tmp_path / "x.run.json")
+    judge.time("x", tmp_path / "x.run.json")
+    assert judge.timing == {"x": (3.0, 20)}
+
+
+def test_pictures_are_what_their_name_says(folder, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for name, start in (("x.pdf", b"%PDF"), ("x.svg", b"<?xml"), ("x.PNG", b"\x89PNG")):
+        made = []
+        for date in (1, 2):
+            monkeypatch.setenv("SOURCE_DATE_EPOCH", f"{date}00000")
+            command = "--qrels", folder / "qrels.txt", folder / "good.run", "--plot", folder / name, "--overwrite"
+            assert script(capsys, *command)[0] == 0
+            made.append((folder / name).read_bytes())
+        assert made[0].startswith(start) and made[0] == made[1] and b"CreationDate" not in made[0]
+        assert b"<dc:date>" not in made[0]
 
 
 def test_pictures(folder, capsys):
@@ -761,6 +989,21 @@ def test_pictures_say_what_is_absent_and_stay_legible():
     assert [(t.get_text(), round(t.get_position()[0], 9)) for t in axis.texts] == [("absent", 1.2)]
     assert axis.get_xlim() == (-0.5, 1.5)
     plt.close("all")
+
+
+@pytest.mark.parametrize("kind, dataset, status", [
+    ("heatmap", "nq", 2), ("difference", "nq", 2), ("bars", "nq", 0), ("difference", "dl19", 0), ("heatmap", "dl19", 0),
+])  # fmt: skip
+def test_pictures_of_columns_that_are_absent(kind, dataset, status, folder, capsys):
+    pytest.importorskip("matplotlib")
+    for model in ("good", "bad"):
+        (folder / "runs" / f"{model}-bce").mkdir(parents=True)
+        shutil.copy(folder / f"{model}.run", folder / "runs" / f"{model}-bce" / f"{dataset}.run")
+    (folder / "judged").mkdir()
+    shutil.copy(folder / "qrels.txt", folder / "judged" / f"{dataset}.qrels")
+    found, _, err = script(capsys, "--suite", "paper", "--runs", folder / "runs", "--qrels", folder / "judged",
+                           "--plot", folder / "x.svg", "--plot-kind", kind)  # fmt: skip
+    assert (found, err.count("\n")) == (status, status // 2), err
 
 
 def test_diff_shows_the_passages_that_moved(folder, capsys):
@@ -805,6 +1048,27 @@ def test_works_copied_alone_and_as_a_script(folder):
     done = call("--dataset", "pydocs", folder / "good.run")
     assert done.returncode == 2 and done.stderr == "error: pydocs: rerank.py reads it, and rerank is not here\n"
     assert call("--help").returncode == 0
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(folder):
+    command = [sys.executable, ROOT / "evaluate.py", "--qrels", folder / "qrels.txt", folder / "good.run"]
+    command += ["--per-query", "--measures", *(f"P@{k}" for k in range(1, 60))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"run\tdataset\tquery\tmeasure\tvalue\n"
+    process.stdout.close()  # with more to come than a pipe holds
+    assert (process.wait(60), process.stderr.read()) == (0, b"")
+    process.stderr.close()
+
+
+def test_ctrl_c_is_one_line_and_status_130(folder):
+    os.mkfifo(folder / "pipe")
+    command = [sys.executable, ROOT / "evaluate.py", "--qrels", folder / "pipe", folder / "good.run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    with open(folder / "pipe", "wb"):  # opens when the other side reads
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"interrupted\n")
+    assert process.returncode == 130
 
 
 @needs_data
