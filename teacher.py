@@ -388,6 +388,7 @@ def load_llm(name: str, dtype: str, device: str):
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         side = "right" if config.is_encoder_decoder else "left"  # the last token of every row in one column
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side=side)
+        tokenizer.model_max_length = int(tokenizer.model_max_length)
         model, report = kind.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         if lost := sorted(report["missing_keys"]):  # Hugging Face would go on with random ones
             raise ModelError(f"{name}: its files lack {len(lost)} weights ({', '.join(lost[:3])}); fetch it again")
@@ -410,15 +411,18 @@ def chat(tokenizer, name: str, messages: list[dict[str, str]]) -> str:
     """
     from jinja2 import TemplateError
 
+    from kernels.encoder import from_hub
+
     if not tokenizer.chat_template:
         raise BadInput(f"{name}: its tokenizer has no chat template; an instruction-tuned model is needed")
     how = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    try:
-        return tokenizer.apply_chat_template(messages, **how)
-    except TemplateError:
-        system, user, *more = messages
-        first = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
-        return tokenizer.apply_chat_template([first, *more], **how)
+    with from_hub(name):
+        try:
+            return tokenizer.apply_chat_template(messages, **how)
+        except TemplateError:
+            system, user, *more = messages
+            first = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+            return tokenizer.apply_chat_template([first, *more], **how)
 
 
 # ------------------------------------------------------------------------------------------- listwise: the algorithm
@@ -516,7 +520,7 @@ class LocalModel:
         self.model, self.tokenizer = load_llm(args.model, args.dtype, args.device)
         if self.model.config.is_encoder_decoder:
             raise BadInput(f"{args.model}: a seq2seq model; listwise needs a causal one (pointwise takes both)")
-        ideal = " > ".join(f"[{i + 1}]" for i in range(args.window))
+        ideal = " > ".join(f"[{i + 1}]" for i in range(min(args.window, args.depth)))
         self.new_tokens = args.answer_tokens or len(self.tokenizer.encode(ideal, add_special_tokens=False)) + 8
         self.context = context_of(self.model, self.tokenizer)
 
@@ -540,11 +544,13 @@ class LocalModel:
         import torch
         from transformers import GenerationConfig
 
+        from kernels.encoder import from_hub
+
         batch = self.tokenizer.pad({"input_ids": [ids for _, ids, _ in self.waiting]}, return_tensors="pt")
         stop = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         how = GenerationConfig(do_sample=False, max_new_tokens=self.new_tokens, eos_token_id=stop,
                                pad_token_id=self.tokenizer.pad_token_id)
-        with torch.inference_mode():
+        with from_hub(self.args.model, "run: "), torch.inference_mode():
             out = self.model.generate(**batch.to(self.model.device), generation_config=how)
         out = out[:, batch["input_ids"].shape[1]:].tolist()
         stops, results = set(stop if isinstance(stop, list) else [stop]), []
@@ -877,7 +883,7 @@ class YesNo:
 
     def __call__(self, blocks: list[list[str]]) -> Iterator[dict[str, dict[str, float]]]:
         """Yields {qid: {docid: fp32 score}} per block. BadInput on a missing document or a score that is not finite."""
-        from kernels.encoder import default_max_tokens, micro_batches
+        from kernels.encoder import default_max_tokens, from_hub, micro_batches
 
         start, budget = time.perf_counter(), self.args.max_tokens or default_max_tokens(self.model.device, False)
         for block in blocks:
@@ -900,8 +906,9 @@ class YesNo:
                 raise BadInput(f"query {keys[int(np.argmax(lengths))][0]!r}: a prompt of {max(lengths)} tokens, the "
                                f"model takes {self.context}; lower --doc-length")
             scores = np.zeros(len(ids), np.float32)
-            for part in micro_batches(lengths, budget):
-                scores[part] = self.logits([ids[i] for i in part])
+            with from_hub(self.args.model, "run: "):  # a pad token, say, that the model does not have
+                for part in micro_batches(lengths, budget):
+                    scores[part] = self.logits([ids[i] for i in part])
             if not np.isfinite(scores).all():
                 bad = list(dict.fromkeys(keys[i][0] for i in np.flatnonzero(~np.isfinite(scores))))
                 raise BadInput(f"scores not finite, first of queries {bad[:5]}; try --dtype float32")
@@ -998,6 +1005,8 @@ def parse(argv=None) -> argparse.Namespace:
     sub.add_argument("--instruction", help="the task, in the prompts qwen3 and chat (default: %(default)s)",
                      default="Given a web search query, retrieve relevant passages that answer the query")
     args = parser.parse_args(argv)
+    if not args.out.name:
+        parser.error(f"--out {args.out}: a folder; it names the file to write")
     words = [getattr(args, "instruction", ""), *(getattr(args, "answers", None) or [])]
     if re.search("[\ud800-\udfff]", "".join(words)):
         parser.error("--instruction and --answers are to be UTF-8")

@@ -612,7 +612,7 @@ def from_hub(name, part=""):
     """Whatever goes wrong while somebody's model `name` is read, as one line that says what to do."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
         raise
     except BaseException as e:  # a panic of the tokenizers is no Exception
         why = " ".join(f"{part}{type(e).__name__}: {e}".split())[:180]

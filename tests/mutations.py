@@ -551,6 +551,7 @@ def run_script(argv: list[str], body: bytes) -> int:
 def unfit(argv: list[str], printed: str) -> str | None:
     """What is wrong with the output of a command that said 0."""
     import evaluate
+    import rerank
     import teacher
     from kernels.encoder import CrossEncoder
 
@@ -570,7 +571,8 @@ def unfit(argv: list[str], printed: str) -> str | None:
     if out is None or argv[0] == "evaluate.py":
         return None if printed.strip() else "printed nothing"
     if triples:
-        before, got = ([row[1:] for row in teacher.triples(path)] for path in (triples, out))
+        queries = rerank.Texts(given["--dataset"]).all_queries
+        before, got = ([row[1:] for row in teacher.triples(path, queries)] for path in (triples, out))
         return None if got == before else f"{len(got)} triples of {len(before)}"
     got = evaluate.read_run(out)
     if source and source != out and "--skip-missing" not in argv:

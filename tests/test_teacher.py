@@ -784,7 +784,10 @@ def test_a_request_that_fails_alone_has_its_own_tries(graded, serve, monkeypatch
 
 
 def test_threads_that_wait_stop_at_once(graded, serve, monkeypatch, tmp_path, capsys):
+    three = threading.Barrier(3)
+
     def handle(handler, number, body):
+        three.wait(10)  # all are under way before the first is told to wait
         if number:
             time.sleep(0.3)
             return reply(handler, 403, b"no")
@@ -1187,6 +1190,15 @@ def test_passages_are_shortened_to_the_context(graded, monkeypatch, tmp_path, ca
     (tmp_path / "llm" / "chat_template.jinja").unlink(missing_ok=True)
     assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "v.run") == 2
     assert "no chat template" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "llm" / "tokenizer_config.json").read_text())
+    (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": ""}))
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "v.run") == 2
+    assert "invalid literal for int() with base 10: ''" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "llm" / "chat_template.jinja").write_text("{{ range(5, 0, 0) }}")
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "v.run") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'llm'}: cannot be loaded") and "must not be zero" in error
 
 
 def test_a_model_whose_files_lack_weights(graded, monkeypatch, tmp_path, capsys):
@@ -1211,6 +1223,16 @@ def test_a_model_whose_files_lack_weights(graded, monkeypatch, tmp_path, capsys)
             assert error.startswith(f"error: {folder}: its files lack ") and lost in error
             assert not any("MISSING" in line for line in before)
     assert not list(tmp_path.glob("t.run*"))
+
+
+def test_a_model_that_fails_at_its_first_batch(graded, monkeypatch, tmp_path, capsys):
+    """A folder whose files do not fit each other: read without a word, one line when it is run."""
+    small_llm(tmp_path / "llm")
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda self, **_: {}["index out of range"])
+    for command in (local, pointwise):
+        assert command(monkeypatch, graded, tmp_path / "llm", tmp_path / "t.run") == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {tmp_path / 'llm'}: cannot be ") and "index out of range" in error
 
 
 def test_arguments_that_are_not_utf8(graded, monkeypatch, tmp_path, capsys):
