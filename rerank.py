@@ -381,7 +381,7 @@ def bm25(texts: Texts, queries: dict[str, str], depth: int) -> dict[str, dict[st
     stemmer = Stemmer.Stemmer("english")
     key = hashlib.sha256(f"{texts.fingerprint()} bm25s-{bm25s.__version__} k1=0.9 b=0.4 english".encode()).hexdigest()
     folder = CACHE / f"bm25-{key[:16]}"
-    if not (folder / "docids.txt").is_file():
+    if not folder.is_dir():
         say(f"BM25: indexing {len(texts):,} documents of {texts.name} (once; kept in the cache)")
         docids, tokens, vocabulary = [], [], {}
         corpus = iter(Progress(texts.corpus(), total=len(texts), desc="index", unit=" documents"))

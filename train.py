@@ -152,7 +152,7 @@ class Triples:
     """
 
     def __init__(self, path: Path, loss: str, texts=None) -> None:
-        self.path, self.loss, self.rows, self.skipped = path, loss, None, 0
+        self.path, self.loss = path, loss
         if not path.is_file():
             raise BadInput(f"{path}: not found")
         stat = path.stat()
@@ -162,6 +162,7 @@ class Triples:
             self._index(index)
         with from_cache(index):
             self.offsets = np.load(index, mmap_mode="r")
+        self.rows = range(len(self.offsets) - 1)  # the lines, from 0, that are trained on
         with open(path, "rb") as file:
             self.columns = len(file.readline().split(b"\t"))
         self.file = open(path, "rb")  # noqa: SIM115
@@ -172,13 +173,13 @@ class Triples:
             self._look_through(texts)
 
     def _look_through(self, texts) -> None:
-        first = self._field(0)
-        self.skipped = int(first[-3] not in texts.all_queries and len(self) > 1)
-        if self.skipped and self._field(0)[-3] not in texts.all_queries:
-            raise BadInput(f"{self.path}:1: query {first[-3][:60]!r} is not in dataset {texts.name}; triples hold ids, "
-                           "not texts: qid pos neg")
-        if self.skipped:
+        known = [self._fields(i)[-3] in texts.all_queries for i in range(min(2, len(self)))]
+        if not any(known):
+            raise BadInput(f"{self.path}:1: query {self._fields(0)[-3][:60]!r} is not in dataset {texts.name}; triples "
+                           "hold ids, not texts: qid pos neg")
+        if not known[0]:
             say(f"{self.path}:1: taken for a header and skipped")
+            self.rows = self.rows[1:]
         if not texts.folder and not (self.loss == "ranknet" and self.columns == 5):
             return
         rows, left, elsewhere = [], Counter(), texts.other_splits()
@@ -193,7 +194,7 @@ class Triples:
             elif self.loss == "ranknet" and np.float32(targets[0]) == np.float32(targets[1]):
                 left["the teacher's scores tie"] += 1
             else:
-                rows.append(i)
+                rows.append(self.rows[i])
         for why, number in left.items():
             say(f"{self.path}: {number:,} of {len(self):,} triples left out: {why}")
         if not rows:
@@ -243,15 +244,10 @@ class Triples:
         os.replace(f"{index}.{os.getpid()}", index)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1 - self.skipped if self.rows is None else len(self.rows)
+        return len(self.rows)
 
-    def _line(self, i: int) -> int:
-        """The line of the file, from 0, that is triple i."""
-        return self.skipped + (i if self.rows is None else int(self.rows[i]))
-
-    def _field(self, i: int) -> list[str]:
-        line = self._line(i)
-        start, end = int(self.offsets[line]), int(self.offsets[line + 1])
+    def _fields(self, i: int) -> list[str]:
+        start, end = map(int, self.offsets[self.rows[i] : self.rows[i] + 2])
         try:
             return os.pread(self.file.fileno(), end - start, start).decode("utf-8-sig").rstrip("\r\n").split("\t")
         except UnicodeDecodeError:
@@ -259,7 +255,7 @@ class Triples:
 
     def item(self, i: int, seed) -> tuple[str, list[str], list[float]]:
         """(qid, [positive, negative], their targets) of triple i."""
-        field = self._field(i)
+        field = self._fields(i)
         if self.columns == 3:
             return field[0], field[1:], [1.0, 0.0]
         try:
@@ -271,7 +267,7 @@ class Triples:
         return field[2], field[3:], scores if self.loss in FROM_TEACHER else [1.0, 0.0]
 
     def where(self, i: int) -> str:
-        return f"{self.path}:{self._line(i) + 1}"
+        return f"{self.path}:{self.rows[i] + 1}"
 
 
 class Lists:
