@@ -1042,6 +1042,8 @@ def rerank(model, args) -> None:
         plan["run"] = hashlib.sha256(args.run.read_bytes()).hexdigest()
     if write_in_blocks(args.out, plan, run, run_tag(args.model), scorer, args.overwrite):
         say(f"{args.out}: {len(run):,} queries, {scorer.summary()}")
+        if not scorer.pairs:  # all had been scored before an interruption: there is no speed to tell
+            return
         with atomic_write(Path(f"{args.out}.json")) as file:
             json.dump({"seconds": scorer.seconds, "waited": scorer.waited, "pairs": scorer.pairs, "model": args.model,
                        "device": str(model.device), "dtype": str(model.model.dtype)}, file)

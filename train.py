@@ -1198,6 +1198,12 @@ def train(args, rank: int, world: int) -> int:
             say(word)
         best = max(best, result["score"])
 
+    def due(done):
+        return bool(validation.sets) and (done % args.eval_every == 0 or done == args.steps)
+
+    if start and due(start) and start not in dict(history):
+        measured(start)
+        checkpoint(start)
     batches = Batches(source, texts, model.tokenize, args, rank, world)
     workers = (0 if texts.folder else 2) if args.workers is None else args.workers
     loader = iter(batches.loader(start, args.steps, workers))
@@ -1214,7 +1220,7 @@ def train(args, rank: int, world: int) -> int:
             waited += time.perf_counter() - begin
             done = k + 1
             logs = done % every == 0 or done == args.steps
-            validates = bool(validation.sets) and (done % args.eval_every == 0 or done == args.steps)
+            validates = due(done)
             finished = step(k, batch)
             if logs or validates:
                 finished += step.flush()
@@ -1237,6 +1243,7 @@ def train(args, rank: int, world: int) -> int:
                          f"{row['tokens_per_second']:,.0f} tokens/s, waiting {row['waiting']:.0%}, {memory:.1f} GiB")
                 mark, waited, pairs, tokens, total, since = time.perf_counter(), 0.0, 0, 0, 0.0, done
             if validates:
+                checkpoint(done)  # no signal waits for a long validation: it is made up for when the run goes on
                 measured(done)
                 mark, waited, pairs, tokens, total, since = time.perf_counter(), 0.0, 0, 0, 0.0, done
             halt = stop.signal

@@ -853,6 +853,9 @@ def test_the_papers_table_is_whole():
         (["--suite", "paper", "--runs", "nowhere"], "nowhere"),
         (["--suite", "nanobeir"], "--suite"),
         (["--qrels", "qrels.txt", "good.run", "--digits", "-1"], "--digits"),
+        (["--qrels", "qrels.txt", "good.run", "--digits", str(2**31)], "--digits"),
+        (["--qrels", "qrels.txt", "good.run", "--measures", "a\nb"], "unknown measure `a b`"),
+        (["--qrels", "loop.txt", "good.run"], "loop.txt"),
         (["--qrels", "qrels.txt", "good.run", "--seed", "-1", "--intervals"], "--seed"),
         (["--qrels", "qrels.txt", "--diff", "good.run", "bad.run", "--top", "0"], "--top"),
         (["--qrels", "qrels.txt", "--diff", "good.run", "bad.run", "--plot", "x.png"], "--plot"),
@@ -882,6 +885,7 @@ def test_the_papers_table_is_whole():
 def test_bad_usage_is_one_line_and_status_two(arguments, what, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("IR_DATASETS_HOME", str(folder / "irds"))
+    (folder / "loop.txt").symlink_to("loop.txt")
     status, out, err = script(capsys, *arguments)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and what in err
     assert not (folder / "x.png").exists()

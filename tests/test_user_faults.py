@@ -540,3 +540,28 @@ def test_a_damaged_cache_names_itself(place, tmp_path, call, monkeypatch, file):
     for path in (tmp_path / "cache").glob(file):
         path.write_bytes(b"\xff" * 9)
     one_error(call(train, *argv, "--overwrite"), tmp_path / "cache", "damaged", "remove it")
+
+
+def test_a_run_ended_within_a_validation_makes_up_for_it(place, tmp_path, call, monkeypatch):
+    every = {"eval-dataset": place / "corpus" / "dev", "eval-every": 2, "save-every": 4}
+    assert call(train, *flags(place, steps=5, out=tmp_path / "whole", **every))[0] == 0
+    for ends in (1, 3):  # within the first validation, and within the one behind the last step
+        seen = []
+
+        def validate(self, *args, ends=ends, seen=seen, whole=train.Validation.__call__):
+            seen.append(1)
+            if len(seen) == ends:
+                raise KeyboardInterrupt
+            return whole(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Validation, "__call__", validate)
+            assert call(train, *flags(place, steps=5, out=tmp_path / str(ends), **every))[0] == 130
+        code, _, err = call(train, *flags(place, steps=5, out=tmp_path / str(ends), **every), "--resume")
+        assert code == 0 and f"going on after step {(2, None, 5)[ends - 1]}" in err
+        state = train.torch.load(tmp_path / str(ends) / "last" / "checkpoint.pt")
+        assert state["history"] == train.torch.load(tmp_path / "whole" / "last" / "checkpoint.pt")["history"]
+        for file in ("model.safetensors", "log.jsonl"):
+            both = [(tmp_path / run / file).read_bytes() for run in ("whole", str(ends))]
+            assert file == "log.jsonl" or both[0] == both[1]
+            assert both[0].count(b"\n") == both[1].count(b"\n")
