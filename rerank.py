@@ -959,7 +959,7 @@ def first_stage_name(text: str) -> str:
 
 def model_stamp(name: str) -> str:
     """A model folder's files by size and time: a retrained model, or another tokenizer, is another to a resumed run."""
-    kinds = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model")
+    kinds = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model", ".jinja")
     files = sorted(f for depth in ("*", "*/*") for f in Path(name).glob(depth) if f.suffix in kinds and f.is_file())
     ours = ("args.json", "checkpoint.pt")  # of train.py: no part of the model
     stamps = (f"{f.relative_to(name)}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files if f.name not in ours)

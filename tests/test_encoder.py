@@ -567,7 +567,7 @@ from kernels.bench.scoring import MINILM, word_tokenizer
 from kernels.encoder import CrossEncoder
 torch.set_num_threads(1)
 config = transformers.BertConfig(**MINILM | {"num_hidden_layers": 2}, vocab_size=5004, num_labels=1)
-encoder = CrossEncoder(transformers.BertForSequenceClassification(config).eval(), word_tokenizer())
+encoder = CrossEncoder(transformers.BertForSequenceClassification(config).eval(), word_tokenizer(config.vocab_size))
 def resident():
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * 4096 / 2**20

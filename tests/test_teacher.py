@@ -816,9 +816,9 @@ def test_parameters_that_the_server_refuses(graded, serve, monkeypatch, tmp_path
     assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 4) == 0
     assert read_run(tmp_path / "t.run") == expected(graded)
     bodies = [json.loads(body) for *_, body in seen]
-    assert all(b.keys() == {"model", "messages", "max_completion_tokens"} for b in bodies[12:])
-    assert len(bodies) <= 18 + 12
-    assert {b["max_completion_tokens"] for b in bodies[-18:]} == {80, 64, 48}
+    taken = [b for b in bodies if b.keys() == {"model", "messages", "max_completion_tokens"}]
+    assert len(taken) == 18 and taken[-8:] == bodies[-8:]  # every thread is refused thrice at the most
+    assert len(bodies) <= 18 + 12 and {b["max_completion_tokens"] for b in taken} == {80, 64, 48}
     said = capsys.readouterr().err
     assert [said.count(f"refuses {name} (HTTP 4") for name in refusals] == [1, 1, 1]
     refusing, seen = serve(lambda handler, number, body: reply(handler, 400, b"temperature and seed: never"))
@@ -1192,11 +1192,11 @@ def test_passages_are_shortened_to_the_context(graded, monkeypatch, tmp_path, ca
     assert "no chat template" in capsys.readouterr().err
     settings = json.loads((tmp_path / "llm" / "tokenizer_config.json").read_text())
     (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": ""}))
-    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "v.run") == 2
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "w.run") == 2
     assert "invalid literal for int() with base 10: ''" in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "llm" / "chat_template.jinja").write_text("{{ range(5, 0, 0) }}")
-    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "v.run") == 2
+    assert local(monkeypatch, graded, tmp_path / "llm", tmp_path / "x.run") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {tmp_path / 'llm'}: cannot be loaded") and "must not be zero" in error
 

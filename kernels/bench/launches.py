@@ -24,7 +24,6 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.encoder as encoders
-import train
 from kernels import attention, losses
 from kernels.bench.memory import list_step
 from kernels.bench.scoring import DEBERTA_V3_BASE, fused_adamw, word_tokenizer
@@ -157,7 +156,7 @@ def as_on_a_card():
             (attention, "backend", backend),
             (attention, "_by_torch", packed_attention),
             (losses, "_kernels", True),
-            (train, "to_host", to_host),
+            (encoders, "to_host", to_host),
             (F, "dropout", dropped),
             (F, "scaled_dot_product_attention", padded_attention),
             (triton.runtime.jit.JITFunction, "run", withheld),
@@ -168,7 +167,7 @@ def as_on_a_card():
 
 def our_step(model):
     """-> run(), train.py's step in bf16 over one list; the encoder; its packed batch."""
-    encoder = encoders.CrossEncoder(model, word_tokenizer()).train()
+    encoder = encoders.CrossEncoder(model, word_tokenizer(model.config.vocab_size)).train()
     step, batch = list_step(encoder, DOCUMENTS, "bfloat16", fused_adamw(encoder))
     step.keep = 10**6
     return (lambda: step(1, batch)), encoder, encoder.pack(batch["queries"], batch["documents"])

@@ -90,9 +90,10 @@ def random_pairs(n: int, per_query: int | None = None) -> tuple[list[str], list[
     return [queries[i // (per_query or 1)] for i in range(n)], documents
 
 
-def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel(
-        {w: i for i, w in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{i}" for i in range(5000))])}, "[UNK]"))
+def word_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
+    """Of the words w0, w1, ..., `size` tokens in all, as many as the model has."""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{i}" for i in range(size - 4))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
@@ -110,7 +111,7 @@ def minilm(folder: str) -> str:
         CrossEncoder.from_pretrained(headless, "float32", "cpu", fresh_head=True).save_pretrained(folder)
         return "all-MiniLM-L6-v2"
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**MINILM, num_labels=1))
-    CrossEncoder(model, word_tokenizer()).save_pretrained(folder)
+    CrossEncoder(model, word_tokenizer(model.config.vocab_size)).save_pretrained(folder)
     return "random weights of MiniLM-L6's shape"
 
 
@@ -119,7 +120,8 @@ def deberta(device) -> CrossEncoder:
     model = transformers.DebertaV2ForSequenceClassification(
         transformers.DebertaV2Config(**DEBERTA_V3_BASE, num_labels=1))
     folder = DATA / "tokenizers" / "deberta-v3"
-    tokenizer = load_tokenizer(str(folder), model.config) if folder.is_dir() else word_tokenizer()
+    words = word_tokenizer(model.config.vocab_size)
+    tokenizer = load_tokenizer(str(folder), model.config) if folder.is_dir() else words
     return CrossEncoder(model.to(device), tokenizer).eval()
 
 

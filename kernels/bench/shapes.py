@@ -68,7 +68,8 @@ def training(section):
 
 
 def train(section, name, documents, folder):
-    model, tokenizer = model_of(section, name), scoring.word_tokenizer()
+    model = model_of(section, name)
+    tokenizer = scoring.word_tokenizer(model.config.vocab_size)
     encoder = CrossEncoder(model, tokenizer)
     encoder.save_pretrained(folder)
     count = 2 if section.tiny else 5
@@ -121,7 +122,8 @@ def score(section):
 
 def score_by(section, name, texts, folder):
     padded_model = model_of(section, name).to(getattr(torch, section.dtype))
-    encoder = CrossEncoder(copy.deepcopy(padded_model), scoring.word_tokenizer())
+    tokenizer = scoring.word_tokenizer(padded_model.config.vocab_size)
+    encoder = CrossEncoder(copy.deepcopy(padded_model), tokenizer)
     encoder.save_pretrained(folder)
     ids, pairs = scoring.token_ids(encoder, *texts), list(zip(*texts, strict=True))
     whole, few = len(pairs), len(pairs) // 4  # batch sizes are chosen on these few
@@ -179,7 +181,8 @@ def lists(section):
 
 def one_list(section, name, documents, two_passes=False) -> float:
     """GiB of the step beyond weights and optimizer, after a row about it."""
-    encoder = CrossEncoder(model_of(section, name), scoring.word_tokenizer()).train()
+    model = model_of(section, name)
+    encoder = CrossEncoder(model, scoring.word_tokenizer(model.config.vocab_size)).train()
     optimizer = scoring.fused_adamw(encoder)
     step, batch = list_step(encoder, documents, section.dtype, optimizer, two_passes)
     lengths = scoring.pair_lengths(encoder, (batch["queries"], batch["documents"]))
