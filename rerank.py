@@ -117,10 +117,12 @@ class Texts:
             if not file.is_file():
                 raise BadInput(f"{file}: not found; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/*.tsv")
         self._where, self._corpus = {}, corpus
-        for offset, row in _json_lines(corpus):  # offsets only: the text is read when it is asked for
+        for offset, row in _json_lines(corpus, self._where):  # offsets only: the text is read when it is asked for
             self._where[row["_id"]] = offset
         self._open_corpus = open(corpus, "rb")  # noqa: SIM115
-        self.all_queries = {row["_id"]: SURROGATE.sub("\ufffd", row["text"]) for _, row in _json_lines(queries)}
+        self.all_queries = {}
+        for _, row in _json_lines(queries, self.all_queries):
+            self.all_queries[row["_id"]] = SURROGATE.sub("\ufffd", row["text"])
         qrels = self.folder / "qrels" / f"{self.split}.tsv"
         if not qrels.is_file():
             found = sorted(p.stem for p in qrels.parent.glob("*.tsv"))
@@ -141,7 +143,7 @@ class Texts:
     def other_splits(self) -> set[str]:
         """Queries that the qrels of other splits of a folder judge, and not this one's: to be kept out of training."""
         files = self.folder.glob("qrels/*.tsv") if self.folder and self.qrels else []
-        return {q for file in files for q in read_qrels(file)} - set(self.qrels)
+        return {q for file in files if file.stem != self.split for q in read_qrels(file)} - set(self.qrels)
 
     def _open_irds(self) -> None:
         import ir_datasets
@@ -270,9 +272,10 @@ class Texts:
         return run
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """(offset, {"_id": ..., "text": ...}) of each line that is not blank; BadInput names the line that is wrong."""
-    offset, seen, mended = 0, set(), 0
+def _json_lines(path: Path, seen: dict) -> Iterator[tuple[int, dict]]:
+    """(offset, {"_id": ..., "text": ...}) of each line that is not blank; BadInput names the line that is wrong. The
+    caller puts every id into `seen` before it asks for the next."""
+    offset, mended = 0, 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
@@ -290,7 +293,6 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
                 raise BadInput(f'{where}: expected {{"_id": "...", "text": "..."}} with strings')
             if check_id(row["_id"], where) in seen:
                 raise BadInput(f"{where}: id {row['_id']!r} occurs twice; ids must be unique")
-            seen.add(row["_id"])
             mended += b"\\u" in line and SURROGATE.search(f"{row.get('title')}{row['text']}") is not None
             yield offset - len(line), row
     if not seen:
@@ -369,6 +371,13 @@ def from_cache(path: Path) -> Iterator[None]:
         raise BadInput(f"{path}: damaged ({str(e)[:100]}); remove it: it is made anew") from e
 
 
+def into_cache(temporary: Path, folder: Path) -> None:
+    """Gives a folder that is whole its name in the cache; where another process was faster, that one's stays."""
+    with contextlib.suppress(OSError):
+        temporary.rename(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def bm25(texts: Texts, queries: dict[str, str], depth: int) -> dict[str, dict[str, float]]:
     """BM25 (bm25s, Lucene's variant, k1=0.9, b=0.4, English stop words, Snowball stemmer) as a run.
 
@@ -398,9 +407,7 @@ def bm25(texts: Texts, queries: dict[str, str], depth: int) -> dict[str, dict[st
         temporary = Path(f"{folder}.{os.getpid()}")
         index.save(temporary, show_progress=False)
         (temporary / "docids.txt").write_text("\n".join(docids), encoding="utf-8")
-        with contextlib.suppress(OSError):  # another process was faster
-            temporary.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+        into_cache(temporary, folder)
     with from_cache(folder):
         index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
         docids = (folder / "docids.txt").read_text(encoding="utf-8").split("\n")
@@ -469,9 +476,7 @@ def splade(texts: Texts, queries: dict[str, str], depth: int, name: str) -> dict
         for part in ("data", "indices", "indptr"):
             np.save(temporary / f"{part}.npy", getattr(matrix, part))
         (temporary / "docids.txt").write_text("\n".join(docids), encoding="utf-8")
-        with contextlib.suppress(OSError):
-            temporary.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+        into_cache(temporary, folder)
     with from_cache(folder):
         docids = (folder / "docids.txt").read_text(encoding="utf-8").split("\n")
         data, indices, indptr = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("data", "indices", "indptr"))
@@ -957,6 +962,12 @@ def first_stage_name(text: str) -> str:
     return "splade:naver/splade-v3-distilbert" if text == "splade" else text
 
 
+def sha256_of(path: str | Path) -> str:
+    """Of a file's content, which is not taken into memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def model_stamp(name: str) -> str:
     """A model folder's files by size and time: a retrained model, or another tokenizer, is another to a resumed run."""
     kinds = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model", ".jinja")
@@ -1039,7 +1050,7 @@ def rerank(model, args) -> None:
     plan |= {"model": model_stamp(args.model), "corpus": texts.fingerprint(), "queries": texts.digest(),
              "dtype": str(model.model.dtype)}
     if args.run:
-        plan["run"] = hashlib.sha256(args.run.read_bytes()).hexdigest()
+        plan["run"] = sha256_of(args.run)
     if write_in_blocks(args.out, plan, run, run_tag(args.model), scorer, args.overwrite):
         say(f"{args.out}: {len(run):,} queries, {scorer.summary()}")
         if not scorer.pairs:  # all had been scored before an interruption: there is no speed to tell

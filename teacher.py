@@ -45,6 +45,7 @@ import numpy as np
 
 from evaluate import BadInput, Parser, at_least, guarded
 from rerank import (
+    SURROGATE,
     PairScorer,
     Progress,
     Texts,
@@ -61,6 +62,7 @@ from rerank import (
     run_lines,
     run_tag,
     say,
+    sha256_of,
     write_in_blocks,
 )
 
@@ -182,11 +184,6 @@ def open_candidates(args) -> tuple[Texts, dict[str, dict[str, float]], dict]:
         raise BadInput(f"{source or args.first_stage}: none of its documents is in dataset {texts.name}; nothing to "
                        "score, is it the corpus that it was made on?")
     return texts, run, plan
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_documents(texts: Texts, run: dict, qids: list[str], skip_missing: bool) -> dict[str, str]:
@@ -1008,7 +1005,7 @@ def parse(argv=None) -> argparse.Namespace:
     if not args.out.name:
         parser.error(f"--out {args.out}: a folder; it names the file to write")
     words = [getattr(args, "instruction", ""), *(getattr(args, "answers", None) or [])]
-    if re.search("[\ud800-\udfff]", "".join(words)):
+    if SURROGATE.search("".join(words)):
         parser.error("--instruction and --answers are to be UTF-8")
     if not args.dataset:
         parser.error("--dataset is needed")

@@ -76,6 +76,7 @@ from rerank import (
     rank_0_first,
     say,
     score_run,
+    sha256_of,
 )
 
 
@@ -183,12 +184,9 @@ class Triples:
         if not texts.folder and not (self.loss == "ranknet" and self.columns == 5):
             return
         rows, left, elsewhere = [], Counter(), texts.other_splits()
-        for i in Progress(range(len(self)), desc=f"{self.path.name}", unit=" triples", leave=False):
+        for i in Progress(range(len(self)), desc=self.path.name, unit=" triples", leave=False):
             qid, docids, targets = self.item(i, None)
-            unknown = [d for d in docids if texts.missing([d])]
-            if unknown or qid not in texts.all_queries:
-                what = f"document {unknown[0][:60]!r}" if unknown else f"query {qid[:60]!r}"
-                raise BadInput(f"{self.where(i)}: {what} is not in dataset {texts.name}")
+            refuse_unknown(self, i, qid, texts.missing(docids), texts)
             if qid in elsewhere:
                 left["their query is of another split"] += 1
             elif self.loss == "ranknet" and np.float32(targets[0]) == np.float32(targets[1]):
@@ -382,6 +380,13 @@ class Lists:
         return f"{self.path}:{line_of(self.path, qid)}" if self.path else f"query {qid!r}"
 
 
+def refuse_unknown(source, i: int, qid: str, unknown: list[str], texts) -> None:
+    """BadInput, naming the line of list i of `source`, for documents or a query that the dataset does not hold."""
+    if unknown or qid not in texts.all_queries:
+        what = f"document {unknown[0][:60]!r}" if unknown else f"query {qid[:60]!r}"
+        raise BadInput(f"{source.where(i)}: {what} is not in dataset {texts.name}")
+
+
 class Batches:
     """Batch k of the training, a pure function of (seed, k): `self[k]` is what this rank computes of it.
 
@@ -423,10 +428,7 @@ class Batches:
         found = self.documents([d for i in own for d in items[i][2]])
         for i in own:
             row, qid, docids, _ = items[i]
-            unknown = [d for d in docids if d not in found]
-            if unknown or qid not in self.texts.all_queries:
-                what = f"document {unknown[0][:60]!r}" if unknown else f"query {qid[:60]!r}"
-                raise BadInput(f"{self.source.where(row)}: {what} is not in dataset {self.texts.name}")
+            refuse_unknown(self.source, row, qid, [d for d in docids if d not in found], self.texts)
         queries = self.tokenize([self.texts.all_queries[items[i][1]] for i in own], self.query_length)
         return {
             "qids": [qid for _, qid, _, _ in items], "targets": targets,
@@ -758,7 +760,7 @@ def begun_with(path: Path) -> dict:
     """args.json of a run folder."""
     try:
         made = json.loads(path.read_text(encoding="utf-8"))
-        return {name: made[name] | {} for name in ("flags", "data", "versions")}
+        return {name: made[name] | {} for name in ("flags", "data", "versions")}  # | is an error of what is no object
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise damaged(path, e) from e
 
@@ -1119,7 +1121,7 @@ def provenance(args, texts, validation) -> dict:
         "data": {"corpus": texts.fingerprint(), "queries and qrels": texts.digest(),
                  "backbone": model_stamp(args.backbone)}
         | {f"validation {name}": f"{t.fingerprint()} {t.digest()}" for name, t, _ in validation.sets}
-        | {str(f): hashlib.file_digest(open(f, "rb"), "sha256").hexdigest() for f in files},  # noqa: SIM115
+        | {str(f): sha256_of(f) for f in files},
     }
 
 
@@ -1135,9 +1137,9 @@ def train(args, rank: int, world: int) -> int:
         raise BadInput(f"{out}: a folder with other things in it; --overwrite writes there all the same, --out names "
                        "another")
     if begun and args.resume:
-        before = begun_with(out / "args.json")["flags"]
-        other = [f"--{k.replace('_', '-')} {before.get(k)} (now {v})"
-                 for k, v in flags(args).items() if before.get(k) != v]
+        before = begun_with(out / "args.json")
+        other = [f"--{k.replace('_', '-')} {before['flags'].get(k)} (now {v})"
+                 for k, v in flags(args).items() if before["flags"].get(k) != v]
         if other:
             raise BadInput(f"{out}: begun with other flags: {', '.join(other)}; give the same, or another --out")
         if (out / "README.md").is_file():  # written last; so `last/` may go once a run is finished
@@ -1151,8 +1153,8 @@ def train(args, rank: int, world: int) -> int:
         model = load_backbone(args, texts).to(device)
         source = open_source(args, texts)
         validation = Validation(args.eval_dataset, args.eval_measure, args.eval_depth, args.eval_queries, rank, world)
+    now = provenance(args, texts, validation) if rank == 0 else None
     if begun and args.resume and rank == 0:
-        before, now = begun_with(out / "args.json"), provenance(args, texts, validation)
         changed = [name for name, digest in now["data"].items() if before["data"].get(name, digest) != digest]
         if changed:
             raise BadInput(f"{out}: begun on other data: {', '.join(changed)} changed since (corpus and backbone by "
@@ -1171,7 +1173,7 @@ def train(args, rank: int, world: int) -> int:
             (out / "README.md").unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(out / "args.json") as file:
-            json.dump(provenance(args, texts, validation), file, indent=1)
+            json.dump(now, file, indent=1)
     if resumed:
         start, best, history = load_checkpoint(last / "checkpoint.pt", model, optimizer, args.steps)
         say(f"{out}: going on after step {start:,}")
@@ -1207,7 +1209,7 @@ def train(args, rank: int, world: int) -> int:
     batches = Batches(source, texts, model.tokenize, args, rank, world)
     workers = (0 if texts.folder else 2) if args.workers is None else args.workers
     loader = iter(batches.loader(start, args.steps, workers))
-    bar = Progress(total=args.steps, initial=start, desc=f"{args.out.name}", unit=" steps")
+    bar = Progress(total=args.steps, initial=start, desc=args.out.name, unit=" steps")
     model.train()
     mark, waited, pairs, tokens, total, since, idle, speed = time.perf_counter(), 0.0, 0, 0, 0.0, start, 0, ""
     every = max(min(args.eval_every, args.steps) // 10, 1)
