@@ -79,13 +79,13 @@ import mutations
 from pathlib import Path
 def hang():
     if os.fork() == 0:
-        time.sleep(3)
+        time.sleep(10)
         Path("late").touch()
     time.sleep(100)
 def wrong():
     raise KeyError("x")
 for work in (lambda: 0, lambda: 2, wrong, os.abort, hang):
-    print(mutations.wait_for({{mutations.fork(Path({str(tmp_path)!r}), work): time.monotonic()}}, 1)[1])
+    print(mutations.wait_for({{mutations.fork(Path({str(tmp_path)!r}), work): time.monotonic()}}, 5)[1])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["0", "2", "1", str(-signal.SIGABRT), "None"]

@@ -370,7 +370,7 @@ def test_two_processes_write_the_same_file(place, tmp_path):
                       "rerank.blocks_of.__defaults__ = (40,)\nsys.exit(rerank.guarded(rerank.main))\n")
     rerank.write_run(tmp_path / "first.run", first(rerank.Texts(str(place / "corpus"))))
     argv = [script, "--model", place / "model", "--dataset", place / "corpus", "--run", tmp_path / "first.run"]
-    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29521", "--"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
     for runner, out in (([], "1.run"), (two, "2.run")):
         command = [sys.executable, *runner, *argv, "--device", "cpu", "--out", tmp_path / out]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=200,

@@ -1,5 +1,6 @@
 """teacher.py: ensembles against the members' own runs, published files from a local server, LLM rankers."""
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -681,7 +682,7 @@ def test_malformed_truncated_late_and_failing_answers(graded, serve, monkeypatch
         if isinstance(fault, int):
             return reply(handler, fault, b"busy", [("Retry-After", "0")] if fault == 429 else ())
         if fault == "late":
-            time.sleep(1.5)
+            time.sleep(5)
         if fault == "short":
             return reply(handler, 200, b'{"choices": [{"mess', length=500)
         if fault == "nonsense":
@@ -696,7 +697,7 @@ def test_malformed_truncated_late_and_failing_answers(graded, serve, monkeypatch
         completion(handler, perfect(body))
 
     url, seen = serve(handle)
-    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--timeout", 0.5, "--retries", 9, "--concurrency", 3) == 0
+    assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--timeout", 2, "--retries", 9, "--concurrency", 3) == 0
     want = expected(graded)
     first = list(read_run(graded / "first.run")["q3"])
     want["q3"] = {d: 100.0 - r for r, d in enumerate([first[1], first[0], *first[2:]])}
@@ -787,7 +788,7 @@ def test_threads_that_wait_stop_at_once(graded, serve, monkeypatch, tmp_path, ca
     three = threading.Barrier(3)
 
     def handle(handler, number, body):
-        three.wait(10)  # all are under way before the first is told to wait
+        three.wait(60)  # all are under way before the first is told to wait
         if number:
             time.sleep(0.3)
             return reply(handler, 403, b"no")
@@ -983,9 +984,13 @@ def test_interrupted_listwise_asks_nothing_twice(graded, serve, monkeypatch, tmp
 
 
 def test_killed_listwise_goes_on(graded, serve, monkeypatch, tmp_path):
+    killed = threading.Event()
+
     def handle(handler, number, body):
-        time.sleep(0.15)
-        completion(handler, perfect(body))
+        if number == 8:  # is under way when the process is killed
+            killed.wait(60)
+        with contextlib.suppress(ConnectionError):
+            completion(handler, perfect(body))
 
     url, seen = serve(handle)
     arguments = (graded, url, tmp_path / "t.run", "--concurrency", 1)
@@ -995,6 +1000,7 @@ def test_killed_listwise_goes_on(graded, serve, monkeypatch, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.join()
+    killed.set()
     answered = [json.loads(line) for line in (tmp_path / "t.run.answers-0.jsonl").read_text().splitlines()[1:]]
     assert len(answered) == 8 and read_run(tmp_path / "t.run.partial-0").keys() == {"q0"}
     with open(tmp_path / "t.run.answers-0.jsonl", "a") as file:
@@ -1009,16 +1015,22 @@ def test_killed_listwise_goes_on(graded, serve, monkeypatch, tmp_path):
 
 
 def test_answers_under_way_are_kept_when_one_fails(graded, serve, monkeypatch, tmp_path):
+    three, refused = threading.Barrier(3), threading.Event()
+
     def handle(handler, number, body):
+        if number < 3:
+            three.wait(60)  # all are under way before one fails
         if judged(body)[0] == "q1":
-            return reply(handler, 403, b"no")
+            reply(handler, 403, b"no")
+            return refused.set()
+        refused.wait(60)
         time.sleep(0.3)
         completion(handler, perfect(body))
 
     url, _ = serve(handle)
     assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 3) == 2
     answered = [json.loads(line) for line in (tmp_path / "t.run.answers-0.jsonl").read_text().splitlines()[1:]]
-    assert sorted(row["qid"] for row in answered) == ["q0", "q2"]
+    assert {row["qid"] for row in answered} == {"q0", "q2"}
 
 
 def test_the_key_is_sent_and_never_shown(graded, serve, monkeypatch, tmp_path, capsys):

@@ -569,6 +569,16 @@ def spawn(place, *extra, runner=(), env=None, script=ROOT / "train.py", **how):
                             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **how)
 
 
+FOREVER = ("--steps", 100000, "--eval-dataset", "none", "--eval-every", 10)  # a line in the log each step
+
+
+def wait_for_steps(process, out, lines=3):
+    while process.poll() is None and not (log := out / "log.jsonl").exists():
+        time.sleep(0.05)
+    while process.poll() is None and log.read_text().count("\n") < lines:
+        time.sleep(0.05)
+
+
 def test_workers_tokenise_after_the_fork(place, tmp_path):
     """Texts are tokenised before the fork too, by threads that the workers do not have; and workers change nothing."""
     weights = []
@@ -587,10 +597,8 @@ def test_workers_tokenise_after_the_fork(place, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_leave(place, tmp_path, number, code):
-    process = spawn(place, "--steps", 100000, "--eval-every", 100000, "--out", tmp_path / "run")
-    while process.poll() is None and not (tmp_path / "run/log.jsonl").exists():
-        time.sleep(0.05)
-    time.sleep(1.0)
+    process = spawn(place, *FOREVER, "--out", tmp_path / "run")
+    wait_for_steps(process, tmp_path / "run")
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code and "checkpoint written; --resume" in error
@@ -613,13 +621,11 @@ def test_a_second_signal_leaves_at_once():
 def test_signals_to_the_whole_group_spare_the_workers(place, tmp_path):
     """As a terminal and torchrun send them: the workers hand over the batches of the step in hand. Also, tokenising
     in a forked process ends though the parent's tokenizer has threads."""
-    process = spawn(place, "--steps", 100000, "--eval-every", 100000, "--workers", 2, "--out", tmp_path / "run",
+    process = spawn(place, *FOREVER, "--workers", 2, "--out", tmp_path / "run",
                     env={"TOKENIZERS_PARALLELISM": "true", "XDG_CACHE_HOME": str(place / "cache")},
                     start_new_session=True)
     try:
-        while process.poll() is None and not (tmp_path / "run/log.jsonl").exists():
-            time.sleep(0.05)
-        time.sleep(3)
+        wait_for_steps(process, tmp_path / "run")
         os.killpg(process.pid, signal.SIGTERM)
         _, error = process.communicate(timeout=60)
     finally:
@@ -691,7 +697,7 @@ def test_several_processes_train_the_same_model(place, tmp_path, world):
     toy.model(tmp_path / "model", dropout=0.0)
     extra = ["--backbone", tmp_path / "model", "--steps", 20, "--eval-every", 10, "--loss", "ranknet", "--lists",
              place / "teacher.run", "--list-size", 9, "--batch-size", 5]
-    runner = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(29500 + world)]
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     single = spawn(place, *extra, "--out", tmp_path / "1")
     several = spawn(place, *extra, "--out", tmp_path / "n", runner=runner)
     for process in (single, several):
@@ -760,7 +766,7 @@ rank = os.environ["RANK"]
 sys.exit(train.guarded(train.main))
 """)
     extra = ["--backbone", tmp_path / "model", "--steps", 5, "--max-tokens", 100, "--batch-size", 6]
-    runner = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     single = spawn(place, *extra, "--out", tmp_path / "1")
     several = spawn(place, *extra, "--out", tmp_path / "n", runner=runner, script=tmp_path / "run.py")
     for process in (single, several):
@@ -777,7 +783,7 @@ sys.exit(train.guarded(train.main))
 
 
 def test_bad_input_is_said_once_by_all_ranks(place, tmp_path):
-    runner = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29532"]
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = spawn(place, "--out", tmp_path, runner=runner)
     (tmp_path / "notes.txt").write_text("a folder with other things in it, which each rank sees by itself")
     _, error = process.communicate(timeout=120)
@@ -785,10 +791,9 @@ def test_bad_input_is_said_once_by_all_ranks(place, tmp_path):
 
 
 def test_a_rank_that_dies_ends_all(place, tmp_path):
-    runner = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
-    process = spawn(place, "--steps", 100000, "--eval-every", 100000, "--out", tmp_path / "run", runner=runner)
-    while process.poll() is None and not (tmp_path / "run/log.jsonl").exists():
-        time.sleep(0.1)
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = spawn(place, *FOREVER, "--out", tmp_path / "run", runner=runner)
+    wait_for_steps(process, tmp_path / "run")
     children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     process.communicate(timeout=120)
