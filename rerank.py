@@ -552,8 +552,8 @@ def first_stage(
 def line_of(run: Path, qid: str, docid: str | None = None) -> int:
     """The line of a TREC run that first names this query (and document); runs are only re-read to report an error."""
     for number, line in enumerate(evaluate.read_bytes(run).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        field = line.decode().split()
-        if field and field[0] == qid and docid in (None, field[2]):
+        field = line.split()  # as bytes: the blanks of Unicode are of an id
+        if field and field[0] == qid.encode() and (docid is None or field[2] == docid.encode()):
             return number
     return 0
 

@@ -282,11 +282,11 @@ def test_zipped_runs_have_the_same_bytes_every_time(tmp_path, monkeypatch):
 def test_the_line_of_an_error_in_a_packed_run_with_blank_lines(tmp_path, texts):
     import pyarrow as pa
 
-    content = b"q1 Q0 d1 1 2.0 x\n\nq1 Q0 gone 2 1.0 x\n"
+    content = "q1 Q0 d1 1 2.0 x\n\nq1 Q0 gone\u3000gone 2 1.0 x\n".encode()
     (tmp_path / "a.run.gz").write_bytes(gzip.compress(content))
     (tmp_path / "b.run.zst").write_bytes(pa.compress(content, "zstd", asbytes=True))
     for name in ("a.run.gz", "b.run.zst"):
-        with pytest.raises(BadInput, match=rf"{name}:3: document 'gone'"):
+        with pytest.raises(BadInput, match=rf"{name}:3: document 'gone.u3000gone'"):
             rerank.first_stage(texts, tmp_path / name, None, 10)
 
 

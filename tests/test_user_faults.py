@@ -524,7 +524,8 @@ def test_an_interruption_while_importing_leaves_no_traceback(tmp_path, script):
     (tmp_path / "pyarrow.py").write_text("import time; print('importing', flush=True); time.sleep(30)")
     (tmp_path / "numpy.py").write_text("import time; print('importing', flush=True); time.sleep(30)")
     process = subprocess.Popen([sys.executable, ROOT / f"{script}.py", "--help"], stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored behind `&`
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == -signal.SIGINT and process.stderr.read() == ""
