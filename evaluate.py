@@ -666,6 +666,11 @@ def without_seed(path):
     return re.sub(r"-seed\d+(?=[./]|$)", "", str(path))
 
 
+def text_of(path):
+    """A path as it can be written: names of files may hold bytes that are not UTF-8."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
 def grouped(paths):
     """{name for the table: [a path per seed]}; the file's name, or the whole path where names clash."""
     seeds = {}
@@ -673,7 +678,7 @@ def grouped(paths):
         seeds.setdefault(without_seed(path), []).append(path)
     short = {p: re.sub(r"(\.(run|txt|trec|gz|zst))+$", "", Path(p).name) or p for p in seeds}
     clash = len(set(short.values())) < len(short)
-    return {(p if clash else short[p]) + f" ({len(s)} seeds)" * (len(s) > 1): s for p, s in seeds.items()}
+    return {text_of(p if clash else short[p]) + f" ({len(s)} seeds)" * (len(s) > 1): s for p, s in seeds.items()}
 
 
 class Judge:
@@ -811,7 +816,7 @@ def print_differences(args, qrels):
     texts = texts_of(args.dataset) if args.dataset else None
     change = {q: after[q] - before[q] for q in qrels}
     higher, lower = (sum(sign * c > 0 for c in change.values()) for sign in (1, -1))
-    print("A = {}\nB = {}".format(*args.diff))
+    print("A = {}\nB = {}".format(*map(text_of, args.diff)))
     print(f"{measure} of {len(qrels)} queries: B higher {higher}, lower {lower}.")
     for q in sorted(filter(change.get, qrels), key=lambda q: (-abs(change[q]), q))[: args.top]:
         ranks = [{d: i for i, d in enumerate(run.get(q, {}), 1)} for run in ranked]
@@ -1074,7 +1079,7 @@ def parse_args(argv):
 def report(judge, columns, title, args):
     """(table, text in the chosen format) of one table."""
     table, absent = judge.table(columns)
-    notes, warnings, baseline = list(judge.notes), list(judge.warnings), None
+    notes, warnings, baseline = list(map(text_of, judge.notes)), list(map(text_of, judge.warnings)), None
     if args.baseline:
         near = {args.baseline, *grouped([args.baseline])}
         baseline = next((n for n in table if n in near or n.partition(" (")[0] in map(without_seed, near)), None)
@@ -1118,8 +1123,8 @@ def main(argv=None):
     else:
         if args.baseline and os.path.isfile(args.baseline) and args.baseline not in args.runs:
             args.runs.insert(0, args.baseline)
-        judge, name = Judge(args.measures), args.dataset or args.qrels
-        qrels = load_qrels(name) if args.dataset else read_qrels(name)
+        judge, name = Judge(args.measures), text_of(args.dataset or args.qrels)
+        qrels = load_qrels(args.dataset) if args.dataset else read_qrels(args.qrels)
         judge.add(name, qrels, grouped(args.runs), args.dataset)
         judge.notes.insert(0, f"{name}: {len(judge.queries[name]):,} queries.")
         tables = {"run": {measure_for(m, args.dataset): [(name, m)] for m in args.measures}}

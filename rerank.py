@@ -758,7 +758,8 @@ def run_lines(qid: str, ranked: dict[str, float], tag: str) -> str:
 
 
 def mark(check: int) -> bytes:
-    """The line behind a whole block of an unfinished run; check: CRC-32 of the lines of all blocks up to here."""
+    """The line behind a whole block of an unfinished run; check: CRC-32 of all blocks up to here, MARK behind each, so
+    that no line of this kind that stands twice is an empty block."""
     return MARK + b"%08x\n" % check
 
 
@@ -871,9 +872,8 @@ def write_in_blocks(
                                "--overwrite")
             keep, block = len(header.encode()), b""
             for line in lines:
-                if line == mark(zlib.crc32(block, check)):
-                    keep, check, done = keep + len(block) + len(line), zlib.crc32(block, check), done + 1
-                    block = b""
+                if line.startswith(MARK) and line == mark(after := zlib.crc32(block + MARK, check)):
+                    keep, check, done, block = keep + len(block) + len(line), after, done + 1, b""
                 else:
                     block += line
         if MARK in block:
@@ -891,7 +891,7 @@ def write_in_blocks(
     ):
         for block, result in zip(mine[done:], score(mine[done:]), strict=True):
             lines = "".join(run_lines(q, result[q], tag) for q in block).encode()
-            check = zlib.crc32(lines, check)
+            check = zlib.crc32(lines + MARK, check)
             file.write(lines + mark(check))
             file.flush()
             bar.update(sum(len(run[q]) for q in block))

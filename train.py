@@ -59,6 +59,7 @@ from evaluate import (
 )
 from rerank import (
     CACHE,
+    SURROGATE,
     DocumentTokens,
     Progress,
     Texts,
@@ -299,15 +300,16 @@ class Lists:
         def left_out(qid, relevant, inside, mine, size):
             if qid in elsewhere:
                 return "judged in another split of the dataset"
-            if self.loss == "ranknet" and np.ptp(scores[start:end]) == 0:
-                return "the teacher's scores all tie"
-            if not labelled:
-                return "" if len(mine) > 1 else "fewer than two candidates"
-            if not relevant:
+            if not labelled and len(mine) < 2:
+                return "fewer than two candidates"
+            if labelled and not relevant:
                 return "no relevant document"
             if shared and not inside:
                 return "the relevant document is not among the candidates"
-            return "" if size > 1 else "no candidate that is not relevant"
+            if labelled and size < 2:
+                return "no candidate that is not relevant"
+            tied = self.loss == "ranknet" and np.ptp(scores[start:end]) == 0
+            return "the teacher's scores all tie" if tied else ""
 
         for i, qid in enumerate(run.qids):
             start, end = int(run.starts[i]), int(run.starts[i + 1])
@@ -1132,6 +1134,8 @@ def train(args, rank: int, world: int) -> int:
         raise BadInput(f"{out}: holds a run; --resume continues it, --overwrite starts afresh, --out names another")
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: a file; --out names a folder")
+    if SURROGATE.search(str(out)):
+        raise BadInput(f"--out {str(out)!r}: not UTF-8, and weights cannot be written under such a name; give another")
     # names with a dot: what a run that was killed before its first file leaves
     if out.is_dir() and not (begun or args.overwrite) and any(f.name[0] != "." for f in out.iterdir()):
         raise BadInput(f"{out}: a folder with other things in it; --overwrite writes there all the same, --out names "

@@ -212,7 +212,7 @@ def test_a_run_of_unknown_documents_is_refused(place, tmp_path, call):
                    "--skip-missing", "--out", tmp_path / "x"), "far.run", "no document")
 
 
-@pytest.mark.parametrize("damage", ["digit", "bit", "random", "doubled", "header"])
+@pytest.mark.parametrize("damage", ["digit", "bit", "random", "doubled", "mark", "header"])
 def test_a_damaged_part_is_scored_anew(place, tmp_path, call, monkeypatch, damage):
     monkeypatch.setattr(rerank.blocks_of, "__defaults__", (40,))
     argv = ["--model", place / "model", "--dataset", place / "corpus", "--run", place / "bm25.run", "--out"]
@@ -230,7 +230,8 @@ def test_a_damaged_part_is_scored_anew(place, tmp_path, call, monkeypatch, damag
     third = rest.index(b"Q0", len(rest) // 3)
     damaged = {"digit": rest.replace(b" 1 ", b" 7 ", 1), "random": rest[:third] + os.urandom(40) + rest[third + 40 :],
                "bit": rest[:third] + bytes([rest[third] ^ 4]) + rest[third + 1 :],
-               "doubled": b"".join(lines[: block + 1]) + rest, "header": rest}[damage]
+               "doubled": b"".join(lines[: block + 1]) + rest, "header": rest,
+               "mark": b"".join([*lines[: block + 1], *lines[block:]])}[damage]
     part.write_bytes((header[:9] if damage == "header" else header) + b"\n" + damaged)
     code, _, err = result = call(rerank, *argv, tmp_path / "x")
     if damage == "header":
@@ -325,6 +326,37 @@ def test_nothing_to_learn_is_said_before_the_first_step(place, tmp_path, call):
         one_error(call(train, *argv), "large.run", "single precision")
     (tmp_path / "t.tsv").write_text("".join(f"0.5\t0.5\tq{i}\td{i}\td{i + 20}\n" for i in range(8)))
     one_error(call(train, *flags(place, loss="ranknet", triples=tmp_path / "t.tsv", out=tmp_path / "4")), "t.tsv")
+
+
+def test_names_that_are_not_utf_8_in_tables_and_files(place, tmp_path, call):
+    odd = [os.fsdecode(name) for name in (b"a\xff.run", b"a\xfe.run")]
+    for name in odd:
+        shutil.copy(place / "bm25.run", tmp_path / name)
+    qrels = shutil.copy(place / "corpus/qrels/test.tsv", os.fsencode(tmp_path) + b"/q\xff")
+    files = ["--plot", tmp_path / "x.svg", "--per-query", tmp_path / "x.tsv"]
+    runs = [tmp_path / name for name in odd]
+    code, out, _ = call(evaluate, "--qrels", os.fsdecode(qrels), *runs, "--baseline", runs[1], *files)
+    assert code == 0 and all(rf"a\udc{byte}" in out and rf"a\udc{byte}" in (tmp_path / "x.tsv").read_text()
+                             for byte in ("ff", "fe")) and r"q\udcff: " in out, out
+    code, out, _ = call(evaluate, "--qrels", os.fsdecode(qrels), "--diff", *runs)
+    assert code == 0 and r"a\udcff.run" in out
+
+
+@pytest.mark.parametrize("negatives", ["recipe", "shared"])
+def test_a_query_whose_candidates_are_all_missing(place, tmp_path, call, negatives):
+    run = read_run(place / "bm25.run")
+    bare = next(iter(rerank.Texts(f"{place / 'corpus'}/train").qrels))
+    rerank.write_run(tmp_path / "x.run", run | {bare: {"nowhere": 2.0, "nor-this": 1.0}})
+    argv = flags(place, loss="ranknet", lists=tmp_path / "x.run", out=tmp_path / "run", negatives=negatives)
+    code, _, err = call(train, *argv, "--skip-missing")
+    why = {"recipe": "fewer than two candidates", "shared": "the relevant document is not among the candidates"}
+    assert code == 0 and f"left out: {why[negatives]}" in err, err
+
+
+def test_a_run_folder_has_a_name_of_text(place, tmp_path, call):
+    """safetensors writes to no other; said before the first step, with nothing made."""
+    one_error(call(train, *flags(place, out=os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))), "not UTF-8")
+    assert not list(tmp_path.iterdir())
 
 
 def test_steps_without_a_gradient_are_counted(place, tmp_path, call, monkeypatch):
