@@ -28,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -808,6 +809,9 @@ def load_backbone(args, texts) -> encoder.CrossEncoder:
     name = BACKBONES[args.backbone][0] if args.backbone in BACKBONES else args.backbone
     model = encoder.CrossEncoder.from_pretrained(name, "float32", args.device, args.query_length, args.doc_length,
                                                  fresh_head=True)
+    with encoder.from_hub(name, "saving it again: "), tempfile.TemporaryDirectory() as trial:
+        for part in (model.tokenizer, model.model.config):  # what cannot be saved is said before the first step
+            part.save_pretrained(trial)
     if model.new_weights:
         say(f"{name}: {len(model.new_weights)} new weights drawn from --seed: {', '.join(model.new_weights)}")
     return model

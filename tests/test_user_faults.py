@@ -353,6 +353,13 @@ def test_a_query_whose_candidates_are_all_missing(place, tmp_path, call, negativ
     assert code == 0 and f"left out: {why[negatives]}" in err, err
 
 
+def test_a_backbone_that_cannot_be_saved_again(place, tmp_path, call):
+    model = shutil.copytree(place / "model", tmp_path / "m")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"backend": "\ud800"}))
+    one_error(call(train, *flags(place, backbone=model, out=tmp_path / "run")), str(model), "saving it again")
+
+
 def test_a_run_folder_has_a_name_of_text(place, tmp_path, call):
     """safetensors writes to no other; said before the first step, with nothing made."""
     one_error(call(train, *flags(place, out=os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))), "not UTF-8")
