@@ -757,10 +757,13 @@ def run_lines(qid: str, ranked: dict[str, float], tag: str) -> str:
     return "".join(f"{qid} Q0 {docid} {rank} {score!s} {tag}\n" for rank, (docid, score) in enumerate(rows, 1))
 
 
-def mark(check: int) -> bytes:
-    """The line behind a whole block of an unfinished run; check: CRC-32 of all blocks up to here, MARK behind each, so
-    that no line of this kind that stands twice is an empty block."""
-    return MARK + b"%08x\n" % check
+def sealed(block: bytes, check: int) -> tuple[bytes, int]:
+    """(the line behind a whole block of an unfinished run, CRC-32 up to here); check: the CRC-32 up to this block.
+
+    MARK counts as the end of the block, so that a line of this kind that stands twice is no empty block.
+    """
+    check = zlib.crc32(block + MARK, check)
+    return MARK + b"%08x\n" % check, check
 
 
 def run_tag(model: str) -> str:
@@ -848,8 +851,7 @@ def write_in_blocks(
     """Scores the blocks of `run` into the TREC run `out`, sharded over ranks and safe against interruption.
 
     Each rank appends whole blocks to OUT.part-RANK, each with a checksum; the same command goes on after the last that
-    is whole.
-    At the end rank 0 joins the parts in the order of `run` and renames: the file is the one that a single
+    is whole. At the end rank 0 joins the parts in the order of `run` and renames: the file is the one that a single
     uninterrupted process writes.
 
     Args:
@@ -870,10 +872,11 @@ def write_in_blocks(
             if lines.readline() != header.encode():
                 raise BadInput(f"{part}: begun by a command with other flags or data, or damaged; finish that one, or "
                                "--overwrite")
-            keep, block = len(header.encode()), b""
+            keep, block = len(header.encode()), bytearray()
             for line in lines:
-                if line.startswith(MARK) and line == mark(after := zlib.crc32(block + MARK, check)):
-                    keep, check, done, block = keep + len(block) + len(line), after, done + 1, b""
+                end, after = sealed(block, check) if line.startswith(MARK) else (b"", check)
+                if line == end:
+                    keep, check, done, block = keep + len(block) + len(line), after, done + 1, bytearray()
                 else:
                     block += line
         if MARK in block:
@@ -891,8 +894,8 @@ def write_in_blocks(
     ):
         for block, result in zip(mine[done:], score(mine[done:]), strict=True):
             lines = "".join(run_lines(q, result[q], tag) for q in block).encode()
-            check = zlib.crc32(lines + MARK, check)
-            file.write(lines + mark(check))
+            end, check = sealed(lines, check)
+            file.write(lines + end)
             file.flush()
             bar.update(sum(len(run[q]) for q in block))
     if world > 1:
