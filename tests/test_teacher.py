@@ -1020,7 +1020,7 @@ def test_answers_under_way_are_kept_when_one_fails(graded, serve, monkeypatch, t
     def handle(handler, number, body):
         if number < 3:
             three.wait(60)  # all are under way before one fails
-        if judged(body)[0] == "q1":
+        if judged(body)[0] == "q1" or number >= 3:
             reply(handler, 403, b"no")
             return refused.set()
         refused.wait(60)
@@ -1030,7 +1030,7 @@ def test_answers_under_way_are_kept_when_one_fails(graded, serve, monkeypatch, t
     url, _ = serve(handle)
     assert llm(monkeypatch, graded, url, tmp_path / "t.run", "--concurrency", 3) == 2
     answered = [json.loads(line) for line in (tmp_path / "t.run.answers-0.jsonl").read_text().splitlines()[1:]]
-    assert {row["qid"] for row in answered} == {"q0", "q2"}
+    assert sorted(row["qid"] for row in answered) == ["q0", "q2"]
 
 
 def test_the_key_is_sent_and_never_shown(graded, serve, monkeypatch, tmp_path, capsys):
