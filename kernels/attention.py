@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import groupby
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+
+from kernels import cpu
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -33,7 +34,8 @@ except ImportError:
 
 
 _of_thread = threading.local()
-_gpu_path = None  # for tests and counts: True takes a GPU's way on a CPU, kernels interpreted or withheld
+# for tests and counts: True takes a GPU's way on a CPU, kernels interpreted or withheld
+_gpu_path = None
 
 
 def on_gpu(device) -> bool:
@@ -54,13 +56,13 @@ def dropout_from(seed: int, device):
     elif on_gpu(device):
         torch.manual_seed(seed)
     else:
-        _of_thread.generator = np.random.Generator(np.random.SFC64(seed))
+        _of_thread.numbers = cpu.dropout_numbers(seed)
     _of_thread.seed = torch.full((1,), seed, dtype=torch.int64, device=device)
     _of_thread.site = 0
     try:
         yield
     finally:
-        _of_thread.generator = _of_thread.seed = None
+        _of_thread.numbers = _of_thread.seed = None
 
 
 def next_draw(device):
@@ -77,27 +79,24 @@ def next_draw(device):
 
 
 def dropout(x, p: float):
-    """x with each element zeroed with probability p and scaled by 1 / (1 - p) else; see dropout_from.
-
-    Under dropout_from on a CPU p is rounded to 1/65536, in both places: 16 bits a mask element are drawn several times
-    as fast as torch's Bernoulli numbers, which cost an eighth of a training step.
-    """
-    generator = getattr(_of_thread, "generator", None)
-    if generator is None or not 0 < p < 1:
+    """x with each element zeroed with probability p and scaled by 1 / (1 - p) else; see
+    dropout_from (and cpu.dropout, which rounds p)."""
+    numbers = getattr(_of_thread, "numbers", None)
+    if numbers is None or not 0 < p < 1:
         return F.dropout(x, p)
-    kept = min(max(round((1 - p) * 65536), 1), 65535)
-    draws = torch.from_numpy(generator.integers(-32768, 32768, x.shape, dtype=np.int16))
-    return x * (draws < kept - 32768).to(x.dtype).mul_(65536 / kept)
+    return cpu.dropout(x, p, numbers)
 
 
 @dataclass(frozen=True)
 class DisentangledBias:
     """DeBERTa's two position terms (He et al. 2021, eq. 4).
 
-    score(i, j) = scale * (q_i . k_j + q_i . pos_key[slot] + k_j . pos_query[slot]), slot of the distance i - j.
+    score(i, j) = scale * (q_i . k_j + q_i . pos_key[slot] + k_j . pos_query[slot]), slot of the
+    distance i - j.
 
     pos_key, pos_query [slots, heads, head_dim] or None where the model lacks the term;
-    lut int64 or int32 [2M-1]: slot of the distance i - j stands at lut[i - j + M - 1], M >= the longest sequence.
+    lut int64 or int32 [2M-1]: slot of the distance i - j stands at lut[i - j + M - 1], M >= the
+    longest sequence.
     """
 
     pos_key: torch.Tensor | None
@@ -105,13 +104,16 @@ class DisentangledBias:
     lut: torch.Tensor
 
     def products(self, q, k):
-        """q . pos_key and k . pos_query, [rows, heads, slots] each; zeros for the term that the model lacks."""
+        """q . pos_key and k . pos_query, [rows, heads, slots] each; zeros for the term that the
+        model lacks."""
         slots = (self.pos_query if self.pos_key is None else self.pos_key).shape[0]
-        c2p, p2c = (
-            x.new_zeros(*x.shape[:2], slots) if table is None else torch.einsum("thd,shd->ths", x, table)
-            for x, table in ((q, self.pos_key), (k, self.pos_query))
-        )
-        return c2p, p2c
+
+        def product(x, table):
+            if table is None:
+                return x.new_zeros(*x.shape[:2], slots)
+            return torch.einsum("thd,shd->ths", x, table)
+
+        return product(q, self.pos_key), product(k, self.pos_query)
 
 
 def varlen_attention(
@@ -134,7 +136,8 @@ def varlen_attention(
         scale = q.shape[-1] ** -0.5
     one_row = cu_seqlens_q is not None
     if one_row and (window is not None or max_seqlen_q != 1):
-        raise ValueError("queries other than all tokens: one row per sequence and no window (crop the keys instead)")
+        raise ValueError("queries other than all tokens: one row per sequence and no window "
+                         "(crop the keys instead)")
     if not on_gpu(q.device):
         if lengths is None:
             lengths = cu_seqlens.diff().tolist()
@@ -158,7 +161,8 @@ def backend(q, bias=None, deterministic=False) -> str:
         raise ValueError("ATTENTION=flash-attn: the package is not installed: "
                          "pip install flash-attn --no-build-isolation, or unset it")
     if wanted == "torch" and not torch_has_flash_attention():
-        raise ValueError("ATTENTION=torch: this torch has no FlashAttention-2 of the known form; unset it")
+        raise ValueError(
+            "ATTENTION=torch: this torch has no FlashAttention-2 of the known form; unset it")
     taken = (
         q.is_cuda
         and bias is None
@@ -176,8 +180,9 @@ def backend(q, bias=None, deterministic=False) -> str:
 
 @cache
 def torch_has_flash_attention() -> bool:
-    """Whether torch was built with FlashAttention-2 and its operator is the one `_by_torch` calls: a
-    private one, whose schema is the same in torch 2.11 and 2.13 (there with two more at its end)."""
+    """Whether torch was built with FlashAttention-2 and its operator is the one `_by_torch` calls:
+    a private one, whose schema is the same in torch 2.11 and 2.13 (there with two more at its
+    end)."""
     operator = getattr(torch.ops.aten, "_flash_attention_forward", None)
     if operator is None or not torch.backends.cuda.is_flash_attention_available():
         return False
@@ -230,17 +235,23 @@ def _by_runs(q, k, v, lengths, one_row, window, bias, scale, p):
     tokens = [n * length for n, length in runs]
     rows = [n for n, _ in runs] if one_row else tokens
     outs = []
-    # torch's fused attention has no dropout on a CPU, and in bf16 a backward pass 3 to 5 times as slow as the products
+    # torch's fused attention has no dropout on a CPU, and in bf16 a backward pass 3 to 5 times as
+    # slow as the products
     fused = bias is None and not p and not (q.requires_grad and q.dtype == torch.bfloat16)
-    for (n, length), q_run, k_run, v_run in zip(runs, q.split(rows), k.split(tokens), v.split(tokens), strict=True):
-        # [n, heads, rows, head_dim] without a copy: the heads of a packed row stay where the product wrote them
-        q_run, k_run, v_run = (t.unflatten(0, (n, -1)).transpose(1, 2) for t in (q_run, k_run, v_run))
+    parts = q.split(rows), k.split(tokens), v.split(tokens)
+    for (n, length), *qkv in zip(runs, *parts, strict=True):
+        # [n, heads, rows, head_dim] without a copy: the heads of a packed row stay where the
+        # product wrote them
+        q_run, k_run, v_run = (t.unflatten(0, (n, -1)).transpose(1, 2) for t in qkv)
         mask = _band(length, window) if window is not None and length > window + 1 else None
         if fused:
             out = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask, scale=scale)
         else:
-            add = _bias_of_cls if one_row else _bias_of_all
-            scores = scale * (q_run @ k_run.transpose(-1, -2) if bias is None else add(q_run, k_run, bias, length))
+            scores = q_run @ k_run.transpose(-1, -2)
+            if bias is not None:
+                add = _add_bias_of_cls if one_row else _add_bias_of_all
+                scores = add(scores, q_run, k_run, bias, length)
+            scores = scale * scores
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
             out = dropout(scores.softmax(-1), p) @ v_run
@@ -254,38 +265,39 @@ def _band(length, window):
     return (position[:, None] - position[None, :]).abs() <= window
 
 
-def _bias_of_all(q, k, bias, length):
-    """q.k + content-to-position + position-to-content, [n, heads, length, length], unscaled.
+def _add_bias_of_all(scores, q, k, bias, length):
+    """scores + content-to-position + position-to-content, [n, heads, length, length], unscaled.
 
-    The tables are laid out by distance first (2 length - 1 of them), so that one product gives every term of a row
-    and row i's own window starts one column further left than row i-1's: reading the product with a row one
-    element shorter is that shift, a view instead of a gather.
+    The tables are laid out by distance first (2 length - 1 of them), so that one product gives
+    every term of a row and row i's own window starts one column further left than row i-1's:
+    reading the product with a row one element shorter is that shift, a view instead of a gather.
     """
     centre = bias.lut.shape[0] // 2
-    near = bias.lut[centre - length + 1 : centre + length]  # slots of the distances -(length-1) .. length-1
-    scores = q @ k.transpose(-1, -2)
+    near = bias.lut[centre - length + 1 : centre + length]  # distances -(length-1) .. length-1
     if bias.pos_key is not None:
         table = bias.pos_key[near.flip(0)].permute(1, 2, 0)  # column c: distance length-1-c
         scores = scores + _shear(q @ table, length)
     if bias.pos_query is not None:
-        table = bias.pos_query[near].permute(1, 2, 0)  # row j, column c: distance c-(length-1) = i-j
+        # row j, column c: distance c-(length-1) = i-j
+        table = bias.pos_query[near].permute(1, 2, 0)
         scores = scores + _shear(k @ table, length).transpose(-1, -2)
     return scores
 
 
 def _shear(product, length):
-    """[..., length, 2 length - 1] -> [..., length, length]: element (i, j) is product[i, j - i + length - 1]."""
+    """[..., length, 2 length - 1] -> [..., length, length]: element (i, j) is product[i, j - i +
+    length - 1]."""
     if length == 1:
         return product
     flat = product.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 2)]
     return flat.unflatten(-1, (length, 2 * length - 2))[..., :length]
 
 
-def _bias_of_cls(q, k, bias, length):
-    """The same for the first row only, [n, heads, 1, length]: the distances are 0, -1, ..., -(length-1)."""
+def _add_bias_of_cls(scores, q, k, bias, length):
+    """The same for the first row only, [n, heads, 1, length]: the distances are 0, -1, ...,
+    -(length-1)."""
     centre = bias.lut.shape[0] // 2
     slots = bias.lut[centre - length + 1 : centre + 1].flip(0)
-    scores = q @ k.transpose(-1, -2)
     if bias.pos_key is not None:
         scores = scores + q @ bias.pos_key[slots].permute(1, 2, 0)
     if bias.pos_query is not None:

@@ -1,12 +1,14 @@
-"""Flash attention over packed sequences in Triton, with DeBERTa's disentangled bias inside. Works copied alone.
+"""Flash attention over packed sequences in Triton, with DeBERTa's disentangled bias inside.
+
+Works copied alone.
 
 For query row r and key column c of one sequence (r and c count from 0 in each sequence):
 
-    s[r, c]  = (q_r . k_c + c2p[r, lut[r - c]] + p2c[c, lut[r - c]]) * scale        c2p, p2c: DeBERTa only
+    s[r, c]  = (q_r . k_c + c2p[r, lut[r - c]] + p2c[c, lut[r - c]]) * scale     (tables: DeBERTa)
     P[r, c]  = softmax over the c with |r - c| <= window
     out_r    = sum_c P[r, c] * Z[r, c] * v_c           Z = 0 with probability p, else 1 / (1 - p)
 
-and backwards, with D_r = dout_r . out_r (arXiv 2307.08691; the bias: arXiv 2006.03654 and 2111.09543):
+and backwards, with D_r = dout_r . out_r (arXiv 2307.08691; bias: arXiv 2006.03654, 2111.09543):
 
     dS[r, c] = P[r, c] * (Z[r, c] * (dout_r . v_c) - D_r)
     dq_r     = scale * sum_c dS[r, c] k_c
@@ -15,22 +17,22 @@ and backwards, with D_r = dout_r . out_r (arXiv 2307.08691; the bias: arXiv 2006
     dc2p[r, t] = scale * sum of dS[r, c] over the c with lut[r - c] = t
     dp2c[c, t] = scale * sum of dS[r, c] over the r with lut[r - c] = t
 
-No [rows, columns] matrix is ever in memory. Softmax statistics and sums are fp32; fp32 inputs are multiplied
-in IEEE fp32 (no TF32). Z comes from Philox-4x32-10 keyed by the seed and counted by
-(key column // 4, packed query row, head, site), so the backward pass and a repeated forward pass
-see the same Z, whatever the tile sizes; site numbers the dropouts of one forward pass that share a
-seed. The kernels read the seed from memory: a replayed CUDA graph takes what stands there then.
+No [rows, columns] matrix is ever in memory. Softmax statistics and sums are fp32; fp32 inputs are
+multiplied in IEEE fp32 (no TF32). Z comes from Philox-4x32-10 keyed by the seed and counted by (key
+column // 4, packed query row, head, site), so the backward pass and a repeated forward pass see the
+same Z, whatever the tile sizes; site numbers the dropouts of one forward pass that share a seed.
+The kernels read the seed from memory: a replayed CUDA graph takes what stands there then.
 
-Deterministic: out, dq, dk, dv always (each element is summed by one program in a fixed order, no atomics).
-dc2p and dp2c: where two keys of a row share a slot (DeBERTa-v3's log buckets: only at |r - c| > 128) fp32
-atomics add them in any order; `deterministic=True` adds them in a fixed order instead, a few more passes over
-those tiles.
+Deterministic: out, dq, dk, dv always (each element is summed by one program in a fixed order, no
+atomics). dc2p and dp2c: where two keys of a row share a slot (DeBERTa-v3's log buckets: only at
+|r - c| > 128) fp32 atomics add them in any order; `deterministic=True` adds them in a fixed order
+instead, a few more passes over those tiles.
 
-Never run on a card so far: it is checked in Triton's interpreter against float64 (tests/test_flash.py) and
-compiled for sm_80, sm_90 and sm_100 (tests/test_flash_aot.py, `python -m kernels.bench aot`). Tile sizes
-follow registers, spills and shared memory of the compiled code, not measured time: at
-most 4 of 135 bf16 or fp16 kernels spill, no more than 40 bytes a thread, fp32 ones no more than 80
-(Triton 3.6, 3.7 and 3.9).
+Never run on a card so far: it is checked in Triton's interpreter against float64
+(tests/test_flash.py) and compiled for sm_80, sm_90 and sm_100 (tests/test_flash_aot.py,
+`python tests/bench aot`). Tile sizes follow registers, spills and shared memory of the compiled
+code, not measured time: at most 4 of 135 bf16 or fp16 kernels spill, no more than 40 bytes a
+thread, fp32 ones no more than 80 (Triton 3.6, 3.7 and 3.9).
 """
 
 import functools
@@ -54,17 +56,18 @@ _jit_kernel = functools.partial(
 )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ pieces of all kernels
+# ---------------------------------------------------------------------------- pieces of all kernels
 
 
 @triton.jit
 def _load_rows(X, stride_token, rows, length, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of one head of one sequence, X -> [length, D]; zeros beyond length and D.   [rows, BLOCK_D]"""
+    """[rows, BLOCK_D] of one head of one sequence, X -> [length, D]; zeros beyond length and D."""
     dims = tl.arange(0, BLOCK_D)
     inside = (rows < length)[:, None]
     if D != BLOCK_D:
         inside = inside & (dims < D)[None, :]
-    return tl.load(X + rows.to(tl.int64)[:, None] * stride_token + dims[None, :], mask=inside, other=0.0)
+    where = X + rows.to(tl.int64)[:, None] * stride_token + dims[None, :]
+    return tl.load(where, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -73,14 +76,14 @@ def _store_rows(X, stride_token, rows, length, values, D: tl.constexpr, BLOCK_D:
     inside = (rows < length)[:, None]
     if D != BLOCK_D:
         inside = inside & (dims < D)[None, :]
-    values = values.to(X.dtype.element_ty)
-    tl.store(X + rows.to(tl.int64)[:, None] * stride_token + dims[None, :], values, mask=inside)
+    where = X + rows.to(tl.int64)[:, None] * stride_token + dims[None, :]
+    tl.store(where, values.to(X.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _scores(qk, r, c, length_q, length_k, scale, window, C2P, P2C, LUT, lut_centre, stride_c2p, stride_p2c,
-            WINDOW: tl.constexpr, BIAS: tl.constexpr):
-    """s * log2(e) from a tile of products, -inf outside the sequence or the window; and a mask, True inside.
+def _scores(qk, r, c, length_q, length_k, scale, window, C2P, P2C, LUT, lut_centre, stride_c2p,
+            stride_p2c, WINDOW: tl.constexpr, BIAS: tl.constexpr):
+    """s * log2(e) from a tile of products, -inf outside sequence or window; a mask, True inside.
 
     r and c are [n, 1] and [1, m] or the other way round: the tile may be transposed.
     """
@@ -89,16 +92,19 @@ def _scores(qk, r, c, length_q, length_k, scale, window, C2P, P2C, LUT, lut_cent
         inside = inside & (r - c <= window) & (c - r <= window)
     if BIAS:
         slot = tl.load(LUT + (r - c + lut_centre), mask=inside, other=0)
-        qk += tl.load(C2P + r.to(tl.int64) * stride_c2p + slot, mask=inside, other=0.0).to(tl.float32)
-        qk += tl.load(P2C + c.to(tl.int64) * stride_p2c + slot, mask=inside, other=0.0).to(tl.float32)
+        of_row = C2P + r.to(tl.int64) * stride_c2p + slot
+        of_column = P2C + c.to(tl.int64) * stride_p2c + slot
+        qk += tl.load(of_row, mask=inside, other=0.0).to(tl.float32)
+        qk += tl.load(of_column, mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, qk * (scale * LOG2E), float("-inf")), inside
 
 
 @triton.jit
 def _keep(seed, site, head, packed_row, first_column, dropped, ROWS: tl.constexpr,
           COLUMNS: tl.constexpr):  # fmt: skip
-    """Whether Z[r, c] > 0 for the query rows and the keys from first_column, a multiple of 4. [ROWS, COLUMNS]
+    """[ROWS, COLUMNS]: whether Z[r, c] > 0 for the query rows and the keys from first_column on.
 
+    first_column is a multiple of 4.
     Philox gives four 32-bit words per counter: word i of counter (c // 4, packed row, head, site)
     decides column 4 (c // 4) + i. dropped: round(dropout * 2^24), compared with the word's upper 24
     bits.
@@ -113,21 +119,24 @@ def _keep(seed, site, head, packed_row, first_column, dropped, ROWS: tl.constexp
 
 @triton.jit
 def _add_to_table(TABLE, slots_of_row, turn, ds, inside, DETERMINISTIC: tl.constexpr):
-    """TABLE[row, slot] += ds, where elements of a row may share a slot. Only this program writes these rows.
+    """TABLE[row, slot] += ds, where elements of a row may share a slot.
 
-    turn: a number below the tile's length that differs between the elements of a row that share a slot.
+    Only this program writes these rows. turn: a number below the tile's length that differs between
+    the elements of a row that share a slot.
     """
     if DETERMINISTIC:
         for t in range(0, tl.max(tl.max(tl.where(inside, turn, -1), 1), 0) + 1):
             now = inside & (turn == t)
-            tl.debug_barrier()  # the sums of the previous turn, stored by other threads, are visible after it
-            tl.store(TABLE + slots_of_row, tl.load(TABLE + slots_of_row, mask=now, other=0.0) + ds, mask=now)
+            # the sums of the previous turn, stored by other threads, are visible after it
+            tl.debug_barrier()
+            before = tl.load(TABLE + slots_of_row, mask=now, other=0.0)
+            tl.store(TABLE + slots_of_row, before + ds, mask=now)
         tl.debug_barrier()
     else:
         tl.atomic_add(TABLE + slots_of_row, ds, mask=inside, sem="relaxed")
 
 
-# ------------------------------------------------------------------------------------------------ forward kernel
+# ----------------------------------------------------------------------------------- forward kernel
 # One program: BLOCK_Q query rows of one head of one sequence. Grid [sequences * blocks, heads].
 
 
@@ -168,7 +177,8 @@ def _forward_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_Q)
     q = _load_rows(Q, stride_qt, rows, length_q, D, BLOCK_D)
-    highest = tl.full([BLOCK_Q], -1e38, tl.float32)  # finite: a row whose keys are all masked stays free of NaN
+    # finite: a row whose keys are all masked stays free of NaN
+    highest = tl.full([BLOCK_Q], -1e38, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if DROPOUT:
@@ -182,8 +192,8 @@ def _forward_kernel(
         columns = first_column + tl.arange(0, BLOCK_K)
         k = _load_rows(K, stride_kt, columns, length_k, D, BLOCK_D)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s, _ = _scores(qk, rows[:, None], columns[None, :], length_q, length_k, scale, window, C2P, P2C, LUT,
-                       lut_centre, stride_c2pt, stride_p2ct, WINDOW, BIAS)  # fmt: skip
+        s, _ = _scores(qk, rows[:, None], columns[None, :], length_q, length_k, scale, window, C2P,
+                       P2C, LUT, lut_centre, stride_c2pt, stride_p2ct, WINDOW, BIAS)  # fmt: skip
         new_highest = tl.maximum(highest, tl.max(s, 1))
         shrink = tl.exp2(highest - new_highest)
         p = tl.exp2(s - new_highest[:, None])
@@ -202,13 +212,14 @@ def _forward_kernel(
     tl.store(LSE + rows, tl.where(no_key, 0.0, highest + tl.log2(total)), mask=rows < length_q)
 
 
-# ------------------------------------------------------------------------------------------------ backward kernels
-# dq, dc2p and D: one program per BLOCK_Q query rows, as forward. dk, dv and dp2c: one program per BLOCK_K keys.
-# They read the seed at every tile: read before the loop, its round keys fill registers that spill.
+# --------------------------------------------------------------------------------- backward kernels
+# dq, dc2p and D: one program per BLOCK_Q query rows, as forward. dk, dv and dp2c: one program per
+# BLOCK_K keys. They read the seed at every tile: read before the loop, its round keys fill
+# registers that spill.
 
 
 @_jit_kernel
-def _backward_q_kernel(
+def _backward_q_kernel(  # noqa: PLR0915 (one pass over the tiles of a row: nothing to take apart)
     Q,  # [tokens_q, heads, D]
     K, V,  # [tokens_k, heads, D]
     OUT, DOUT,  # [tokens_q, heads, D]
@@ -219,7 +230,8 @@ def _backward_q_kernel(
     P2C,  # [tokens_k, heads, slots]
     LUT, TURN,  # [2 lut_centre + 1] int32
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    stride_dot, stride_doh, stride_dqt, stride_dqh, stride_c2pt, stride_c2ph, stride_p2ct, stride_p2ch,
+    stride_dot, stride_doh, stride_dqt, stride_dqh,
+    stride_c2pt, stride_c2ph, stride_p2ct, stride_p2ch,
     tokens_q, blocks, lut_centre, window,
     scale, dropped, keep_scale,
     SEED,  # [1] int64, None without dropout
@@ -281,13 +293,14 @@ def _backward_q_kernel(
             turn = slot
             if DETERMINISTIC:
                 turn = tl.load(TURN + (r - c + lut_centre), mask=inside, other=0) % BLOCK_K
-            _add_to_table(DC2P, r.to(tl.int64) * stride_c2pt + slot, turn, ds * scale, inside, DETERMINISTIC)
+            slots_of_row = r.to(tl.int64) * stride_c2pt + slot
+            _add_to_table(DC2P, slots_of_row, turn, ds * scale, inside, DETERMINISTIC)
 
     _store_rows(DQ, stride_dqt, rows, length_q, dq * scale, D, BLOCK_D)
 
 
 @_jit_kernel
-def _backward_kv_kernel(
+def _backward_kv_kernel(  # noqa: PLR0915 (one pass over the tiles of a column, likewise)
     Q,  # [tokens_q, heads, D]
     K, V,  # [tokens_k, heads, D]
     DOUT,  # [tokens_q, heads, D]
@@ -365,34 +378,35 @@ def _backward_kv_kernel(
             turn = slot
             if DETERMINISTIC:
                 turn = tl.load(TURN + (r - c + lut_centre), mask=inside, other=0) % BLOCK_Q
-            _add_to_table(DP2C, c.to(tl.int64) * stride_p2ct + slot, turn, ds * scale, inside, DETERMINISTIC)
+            slots_of_column = c.to(tl.int64) * stride_p2ct + slot
+            _add_to_table(DP2C, slots_of_column, turn, ds * scale, inside, DETERMINISTIC)
 
     _store_rows(DK, stride_dkt, columns, length_k, dk * scale, D, BLOCK_D)
     _store_rows(DV, stride_dvt, columns, length_k, dv, D, BLOCK_D)
 
 
-# ------------------------------------------------------------------------------------------------ launchers
+# ---------------------------------------------------------------------------------------- launchers
 
 
 def _tiles(q, max_seqlen_q, bias, keys_stay=False):
-    """Tile sizes, warps and stages of one kernel; keys_stay: of the one whose programs own keys, not rows.
+    """Tile sizes, warps and stages of one kernel; keys_stay: its programs own keys, not rows.
 
-    The longer side is the one that stays on chip, the rows of every product; but DeBERTa's scatter to dp2c
-    spills on sm_80 with 64 keys. Eight warps where four would spill. The cost on each card:
-    `python -m kernels.bench aot`.
+    The longer side is the one that stays on chip, the rows of every product; but DeBERTa's scatter
+    to dp2c spills on sm_80 with 64 keys. Eight warps where four would spill. The cost on each card:
+    `python tests/bench aot`.
     """
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
-    block_q, block_k = 32 if q.dtype == torch.float32 else 64, 32  # 64 rows of 128 fp32 numbers spill kilobytes
-    if keys_stay and not bias:
-        block_q, block_k = 32, 32 if q.dtype == torch.float32 else 64  # 64 keys of 128 fp32 numbers would spill too
-    if max_seqlen_q <= 16:  # a [CLS]-only layer: one query row per sequence, and 16 is the least a matrix product takes
+    longer = 32 if q.dtype == torch.float32 else 64  # 64 rows of 128 fp32 numbers spill kilobytes
+    block_q, block_k = (32, longer) if keys_stay and not bias else (longer, 32)
+    # a [CLS]-only layer: one query row per sequence, and 16 is the least a matrix product takes
+    if max_seqlen_q <= 16:
         block_q = 16
     warps = 8 if bias or block_d > 64 or q.dtype == torch.float32 else 4
     return dict(BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=2)
 
 
 def _shared_arguments(q, max_seqlen, block, lut, scale, window, dropout, seed, site):
-    """What all kernels take after their strides, in order: sizes, centre of lut, window, scale, dropout."""
+    """What all kernels take after their strides: sizes, centre of lut, window, scale, dropout."""
     blocks = triton.cdiv(max_seqlen, block)
     centre = 0 if lut is None else (lut.shape[0] - 1) // 2
     dropped = round(dropout * 2**24)
@@ -407,8 +421,10 @@ def _token_head(*tensors):
 
 def launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window,
                    c2p, p2c, lut, dropout, seed, site):  # fmt: skip
-    """out like q, contiguous, and lse [heads, tokens_q] fp32. window -1: all keys; seed: int64
-    tensor [1], None without dropout."""
+    """out like q, contiguous, and lse [heads, tokens_q] fp32.
+
+    window -1: all keys. seed: int64 tensor [1], None without dropout.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     sequences = cu_seqlens_q.shape[0] - 1
@@ -430,8 +446,10 @@ def launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
 
 def launch_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                     scale, window, c2p, p2c, lut, dropout, seed, site, deterministic):  # fmt: skip
-    """[dq, dk, dv] contiguous, and with tables [.., dc2p, dp2c] in the tables' dtype and strides,
-    views of one buffer: so one launch fills, and one casts, both."""
+    """[dq, dk, dv] contiguous, and with tables [.., dc2p, dp2c] in the tables' dtype and strides.
+
+    The latter are views of one buffer: so one launch fills, and one casts, both.
+    """
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -488,15 +506,17 @@ def _as_tables(both, c2p, p2c):
 
 
 def _turns(lut):
-    """How many smaller deltas have the same slot, for each delta of lut. Over n consecutive deltas the turns
-    of one slot are consecutive numbers, so turn % n tells apart all elements of a tile's row that
-    share it."""
+    """How many smaller deltas have the same slot, for each delta of lut.
+
+    Over n consecutive deltas the turns of one slot are consecutive numbers, so turn % n tells apart
+    all elements of a tile's row that share it.
+    """
     in_order, order = torch.sort(lut, stable=True)
     turn = torch.arange(lut.shape[0], device=lut.device) - torch.searchsorted(in_order, in_order)
     return torch.empty_like(lut).scatter_(0, order, turn.to(lut.dtype))
 
 
-# ------------------------------------------------------------------------------------------------ autograd
+# ----------------------------------------------------------------------------------------- autograd
 # Custom operators under torch.compile, which takes a call as one opaque node instead of tracing
 # into it; an autograd.Function in eager, where an operator costs the host several times as much.
 
@@ -532,7 +552,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, window, c2p, p2c, *_):
+def _(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
+      window, c2p, p2c, *_):
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     return grads if c2p is None else grads + [torch.empty_like(c2p), torch.empty_like(p2c)]
 
@@ -572,18 +593,22 @@ class _Eager(torch.autograd.Function):
         return _gradients(ctx, dout, backward=backward)
 
 
-def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, scale=None, window=None, c2p=None,
-                 p2c=None, lut=None, dropout=0.0, seed=0, site=0, deterministic=False):  # fmt: skip
+def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, scale=None,
+                 window=None, c2p=None, p2c=None, lut=None, dropout=0.0, seed=0, site=0,
+                 deterministic=False):  # fmt: skip
     """Attention of each packed sequence over itself; the formulas stand at the top of this file.
 
-    q [tokens_q, heads, d], k and v [tokens_k, heads, d], fp32, bf16 or fp16, d at most 128, last dimension
-        contiguous (a slice of a fused qkv product is fine); on CUDA, or on the CPU under TRITON_INTERPRET=1.
+    q [tokens_q, heads, d], k and v [tokens_k, heads, d], fp32, bf16 or fp16, d at most 128, last
+        dimension contiguous (a slice of a fused qkv product is fine); on CUDA, or on the CPU under
+        TRITON_INTERPRET=1.
     cu_seqlens_q, cu_seqlens_k [sequences + 1] int32 on the same device: sequence i is rows cu[i]
-        to cu[i + 1]; first 0, last the number of tokens. Empty sequences are allowed. Query row r and key column c of a
-        sequence have positions r and c, so one query row per sequence is its [CLS].
-    max_seqlen_q, max_seqlen_k: host integers, at least the longest (rows beyond them are not computed).
-    scale: default d ** -0.5 (DeBERTa with both tables: (3 d) ** -0.5). window: keys with |r - c| <= window,
-        None for all. A query row without any key gives zeros.
+        to cu[i + 1]; first 0, last the number of tokens. Empty sequences are allowed. Query row r
+        and key column c of a sequence have positions r and c, so one query row per sequence is its
+        [CLS].
+    max_seqlen_q, max_seqlen_k: host integers, at least the longest (rows beyond them are not
+        computed).
+    scale: default d ** -0.5 (DeBERTa with both tables: (3 d) ** -0.5). window: keys with
+        |r - c| <= window, None for all. A query row without any key gives zeros.
     c2p [tokens_q, heads, slots], p2c [tokens_k, heads, slots], lut int32 [2 M - 1]: DeBERTa's
         content-to-position and position-to-content products and the slot of delta = r - c at
         lut[delta + M - 1]; M at least both max_seqlen.
@@ -591,43 +616,23 @@ def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         on q's device that the kernels read, so it stays as it is until backward has run; site: host
         integer in [0, 2^31), the number of this dropout within a forward pass. The same seed, site
         and packing give the same mask.
-    deterministic: fixed order of summation of dc2p and dp2c too (all else is always in a fixed order).
-    Returns out like q, contiguous. Differentiable in q, k, v, c2p, p2c. Never synchronises with the device.
-    ValueError on tensors that do not fit together.
+    deterministic: fixed order of summation of dc2p and dp2c too (all else is always in a fixed
+        order).
+    Returns out like q, contiguous. Differentiable in q, k, v, c2p, p2c. Never synchronises with the
+    device. ValueError on tensors that do not fit together.
     """
     tables = (c2p, p2c, lut)
     if any(x is None for x in tables) and any(x is not None for x in tables):
         raise ValueError("c2p, p2c and lut come together: give all three or none")
-    tokens_q, heads, d = q.shape
-    if k.shape != v.shape or k.shape[1:] != q.shape[1:]:
-        shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        raise ValueError(f"{shapes}: want [tokens, heads, d], same heads and d")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: want one of float32, bfloat16, float16 for all")
-    if d > 128:
-        raise ValueError(f"head dimension {d}: at most 128")
-    if not cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 or cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError("cu_seqlens_q and cu_seqlens_k: want int32 [sequences + 1], both of the same length")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout {dropout}: want a probability in [0, 1)")
-    if isinstance(seed, torch.Tensor) and (
-        seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != q.device
-    ):
-        given = f"seed {seed.dtype} {list(seed.shape)} on {seed.device}"
-        raise ValueError(f"{given}: want an integer or int64 [1] on {q.device}")
+    _check_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    _check_dropout(q, dropout, seed)
     if c2p is not None:
-        if c2p.shape[:2] != (tokens_q, heads) or p2c.shape[:2] != k.shape[:2] or c2p.shape[2] != p2c.shape[2]:
-            shapes = f"c2p {list(c2p.shape)}, p2c {list(p2c.shape)}"
-            raise ValueError(f"{shapes}: want [tokens, heads, slots] of q and of k")
-        if c2p.dtype != p2c.dtype:
-            raise ValueError(f"c2p {c2p.dtype}, p2c {p2c.dtype}: want one dtype")
-        if lut.dtype != torch.int32 or lut.ndim != 1 or lut.shape[0] < 2 * max(max_seqlen_q, max_seqlen_k) - 1:
-            raise ValueError(f"lut {lut.dtype} {list(lut.shape)}: want int32 [2 M - 1], M at least both max_seqlen")
+        _check_tables(q, k, c2p, p2c, lut, max(max_seqlen_q, max_seqlen_k))
         # tokens or heads first and no gaps, as their gradients, laid out alike, share a buffer
         c2p, p2c = (x if x.transpose(0, 1).is_contiguous() else x.contiguous() for x in (c2p, p2c))
         lut = lut.contiguous()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    scale = d**-0.5 if scale is None else float(scale)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     window = -1 if window is None else int(window)
     if dropout == 0.0:
         seed = None
@@ -638,3 +643,42 @@ def flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     if torch.compiler.is_compiling():
         return _forward(*arguments)[0]
     return _Eager.apply(*arguments)
+
+
+def _check_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k):
+    _, _, d = q.shape
+    if k.shape != v.shape or k.shape[1:] != q.shape[1:]:
+        shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        raise ValueError(f"{shapes}: want [tokens, heads, d], same heads and d")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in dtypes:
+        given = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        raise ValueError(f"{given}: want one of float32, bfloat16, float16 for all")
+    if d > 128:
+        raise ValueError(f"head dimension {d}: at most 128")
+    integers = cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    if not integers or cu_seqlens_q.shape != cu_seqlens_k.shape:
+        want = "want int32 [sequences + 1], both of the same length"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k: {want}")
+
+
+def _check_dropout(q, dropout, seed):
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout {dropout}: want a probability in [0, 1)")
+    if isinstance(seed, torch.Tensor) and (
+        seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != q.device
+    ):
+        given = f"seed {seed.dtype} {list(seed.shape)} on {seed.device}"
+        raise ValueError(f"{given}: want an integer or int64 [1] on {q.device}")
+
+
+def _check_tables(q, k, c2p, p2c, lut, longest):
+    fit = c2p.shape[:2] == q.shape[:2] and p2c.shape[:2] == k.shape[:2]
+    if not fit or c2p.shape[2] != p2c.shape[2]:
+        shapes = f"c2p {list(c2p.shape)}, p2c {list(p2c.shape)}"
+        raise ValueError(f"{shapes}: want [tokens, heads, slots] of q and of k")
+    if c2p.dtype != p2c.dtype:
+        raise ValueError(f"c2p {c2p.dtype}, p2c {p2c.dtype}: want one dtype")
+    if lut.dtype != torch.int32 or lut.ndim != 1 or lut.shape[0] < 2 * longest - 1:
+        given = f"lut {lut.dtype} {list(lut.shape)}"
+        raise ValueError(f"{given}: want int32 [2 M - 1], M at least both max_seqlen")

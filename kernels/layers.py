@@ -1,9 +1,10 @@
-"""The layers of the families over packed rows, with Hugging Face's modules as holders of the weights.
+"""The layers of the families over packed rows, with Hugging Face's modules as holders of the
+weights.
 
-Rows of the packed batch in and out. `rows` None: every row; else the [CLS] rows alone (the last layer of
-a model with a [CLS] head): queries, output and feed-forward on one row per pair, keys and values on all.
-`project(x, *linears)` runs the linear maps (kernels.linears). On a GPU what stands between the products is
-one kernel each way (kernels.fused); elsewhere it is torch's own operators.
+Rows of the packed batch in and out. `rows` None: every row; else the [CLS] rows alone (the last
+layer of a model with a [CLS] head): queries, output and feed-forward on one row per pair, keys and
+values on all. `project(x, *linears)` runs the linear maps (kernels.linears). On a GPU what stands
+between the products is one kernel each way (kernels.fused); elsewhere it is torch's own operators.
 """
 
 from dataclasses import replace
@@ -19,8 +20,9 @@ from kernels.attention import DisentangledBias, dropout, next_draw, on_gpu, varl
 
 
 class Stream(NamedTuple):
-    """What runs through post-norm layers [rows, hidden], and what products read of it: the same tensor, but that under
-    autocast on a GPU `narrow` is the rounded copy that the kernel before has written beside."""
+    """What runs through post-norm layers [rows, hidden], and what products read of it: the same
+    tensor, but that under autocast on a GPU `narrow` is the rounded copy that the kernel before has
+    written beside."""
 
     wide: torch.Tensor
     narrow: torch.Tensor
@@ -45,13 +47,15 @@ def deberta_layer(layer, x, batch, project, relative, lut, rows=None):
     q, k, v, x = attention_inputs(x, project, *own, rows)
     dim, kinds = attention.attention_head_size, attention.pos_att_type
     pos_query, pos_key = distance_tables(attention, attention.pos_dropout(relative), project)
-    context = attend(q, k, v, batch, dim, attention.dropout, rows, bias=DisentangledBias(pos_key, pos_query, lut),
+    context = attend(q, k, v, batch, dim, attention.dropout, rows,
+                     bias=DisentangledBias(pos_key, pos_query, lut),
                      scale=(dim * (1 + len(set(kinds) & {"c2p", "p2c"}))) ** -0.5)
     return post_norm_block(layer, x, context, project)
 
 
 def attention_inputs(x, project, query, key, value, rows):
-    """q of the rows, k and v of all tokens; and the rows of x themselves, which the layer goes on with."""
+    """q of the rows, k and v of all tokens; and the rows of x themselves, which the layer goes on
+    with."""
     if rows is None:
         return *project(x.narrow, query, key, value), x
     k, v = project(x.narrow, key, value)
@@ -60,18 +64,21 @@ def attention_inputs(x, project, query, key, value, rows):
 
 
 def distance_tables(attention, relative, project):
-    """DeBERTa's queries and keys of the distances, [slots, heads, head_dim] each; None for a term the model lacks."""
+    """DeBERTa's queries and keys of the distances, [slots, heads, head_dim] each; None for a term
+    the model lacks."""
     if attention.share_att_key:
         query, key = attention.query_proj, attention.key_proj
     else:
-        query, key = getattr(attention, "pos_query_proj", None), getattr(attention, "pos_key_proj", None)
+        query = getattr(attention, "pos_query_proj", None)
+        key = getattr(attention, "pos_key_proj", None)
     if set(attention.pos_att_type) >= {"c2p", "p2c"}:
         tables = project(relative, query, key)
     elif "c2p" in attention.pos_att_type:
         tables = None, project(relative, key)
     else:
         tables = project(relative, query), None
-    return [t if t is None else t.unflatten(-1, (-1, attention.attention_head_size)) for t in tables]
+    return [t if t is None else t.unflatten(-1, (-1, attention.attention_head_size))
+            for t in tables]
 
 
 def post_norm_block(layer, x, context, project):
@@ -84,32 +91,38 @@ def post_norm_block(layer, x, context, project):
 def modernbert_layer(layer, x, h, batch, project, rope, norm_after, dtype, rows=None):
     """ModernBERT and Ettin (pre-norm, rotary, alternating windows).
 
-    x [tokens, hidden], h the norm of it that attention reads -> x [rows, hidden] and norm_after(x) in dtype (None: as
-    the norm has it). rope: cos and sin [positions, head_dim] and the tokens' positions.
+    x [tokens, hidden], h the norm of it that attention reads -> x [rows, hidden] and norm_after(x)
+    in dtype (None: as the norm has it). rope: cos and sin [positions, head_dim] and the tokens'
+    positions.
     """
     attention = layer.attn
     dim = attention.head_dim
-    window = None if attention.sliding_window is None else attention.sliding_window - 1  # Hugging Face's is exclusive
+    window = attention.sliding_window
+    if window is not None:
+        window -= 1  # Hugging Face's is exclusive
     if rows is None:
         q, k, v = turned(project(h, attention.Wqkv).unflatten(-1, (3, -1, dim)), rope, 2)
     else:
         cos, sin, positions = rope
-        x, own = x.index_select(0, rows), (h.index_select(0, rows), (cos, sin, positions.index_select(0, rows)))
+        x, own = x.index_select(0, rows), h.index_select(0, rows)
+        own_rope = cos, sin, positions.index_select(0, rows)
         if window is not None:  # the first token sees its window: only these keys are needed
             h, positions, batch = crop(h, positions, batch, window + 1)
             window = None
         hidden = attention.Wqkv.in_features
-        q = project(own[0], attention.Wqkv, part=slice(0, hidden)).unflatten(-1, (1, -1, dim))
+        q = project(own, attention.Wqkv, part=slice(0, hidden)).unflatten(-1, (1, -1, dim))
         kv = project(h, attention.Wqkv, part=slice(hidden, None)).unflatten(-1, (2, -1, dim))
-        (q,), (k, v) = turned(q, own[1], 1), turned(kv, (cos, sin, positions), 1)
-    context = attend(q, k, v, batch, dim, attention.attention_dropout if layer.training else 0.0, rows, window=window)
-    x, h = add_then_norm(project(context, attention.Wo), x, attention.out_drop, layer.mlp_norm, h.dtype)
+        (q,), (k, v) = turned(q, own_rope, 1), turned(kv, (cos, sin, positions), 1)
+    drop = attention.attention_dropout if layer.training else 0.0
+    context = attend(q, k, v, batch, dim, drop, rows, window=window)
+    x, h = add_then_norm(project(context, attention.Wo), x, attention.out_drop, layer.mlp_norm,
+                         h.dtype)
     inner = gated(project(h, layer.mlp.Wi), layer.mlp)
     return add_then_norm(project(inner, layer.mlp.Wo), x, None, norm_after, dtype or h.dtype)
 
 
 def attend(q, k, v, batch, head_dim, drop, rows, **how):
-    """varlen_attention over heads split from [rows, hidden] (or split already) -> [rows, hidden]."""
+    """varlen_attention over heads split from [rows, hidden], or split already -> [rows, hidden]."""
     q, k, v = (t if t.dim() == 3 else t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
     if rows is not None:
         pairs = torch.arange(len(batch.lengths) + 1, dtype=torch.int32, device=q.device)
@@ -144,8 +157,9 @@ def add_norm(project, inner, out, x) -> Stream:
         from kernels import fused
 
         branch = project(inner, out.dense, bias=False)
-        return Stream(*fused.add_norm(branch, x.wide, norm.weight, norm.bias, norm.eps, branch_bias=out.dense.bias,
-                                      dtype=x.narrow.dtype, **draws(out.dropout, branch.device)))
+        return Stream(*fused.add_norm(branch, x.wide, norm.weight, norm.bias, norm.eps,
+                                      branch_bias=out.dense.bias, dtype=x.narrow.dtype,
+                                      **draws(out.dropout, branch.device)))
     y = norm(add_(out.dropout(project(inner, out.dense)), x.wide))
     return Stream(y, y)
 
@@ -155,8 +169,8 @@ def add_then_norm(branch, x, drop, norm, dtype):
     if fuses(branch):
         from kernels import fused
 
-        return fused.add_norm(branch, x, norm.weight, norm.bias, norm.eps, dtype=dtype, pre_norm=True,
-                              **draws(drop, branch.device))
+        return fused.add_norm(branch, x, norm.weight, norm.bias, norm.eps, dtype=dtype,
+                              pre_norm=True, **draws(drop, branch.device))
     x = add_(branch if drop is None else drop(branch), x)
     return x, norm(x)
 
@@ -172,8 +186,9 @@ def gated(x, mlp):
 
 
 def turned(x, rope, parts):
-    """The n parts of x [rows, n, heads, head_dim], the first `parts` turned by their positions, computed in fp32 (Su et
-    al. 2021, eq. 34). rope: cos and sin [positions, head_dim] fp32, positions [rows]."""
+    """The n parts of x [rows, n, heads, head_dim], the first `parts` turned by their positions,
+    computed in fp32 (Su et al. 2021, eq. 34). rope: cos and sin [positions, head_dim] fp32,
+    positions [rows]."""
     if fuses(x):
         from kernels import fused
 
@@ -189,7 +204,8 @@ def turned(x, rope, parts):
 
 
 def add_(fresh, x):
-    """fresh + x, in the memory of `fresh` (a product's own output: no backward pass reads it) where types allow."""
+    """fresh + x, in the memory of `fresh` (a product's own output: no backward pass reads it) where
+    types allow."""
     return fresh.add_(x) if fresh.dtype == x.dtype else fresh + x
 
 
@@ -199,7 +215,8 @@ def wide(x):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout that draws from the generator of `kernels.attention.dropout_from` where a thread has one."""
+    """nn.Dropout that draws from the generator of `kernels.attention.dropout_from` where a thread
+    has one."""
 
     def forward(self, x):
         return dropout(x, self.p) if self.training else x
@@ -222,10 +239,11 @@ def cumulative(lengths):
 
 @lru_cache(maxsize=1024)
 def distance_slots(longest, buckets, span, device):
-    """DeBERTa: the lowest and the highest slot of the distances 1 - longest .. longest - 1, and the slots of them all
-    [2 longest - 1], counted from the lowest.
+    """DeBERTa: the lowest and the highest slot of the distances 1 - longest .. longest - 1, and the
+    slots of them all [2 longest - 1], counted from the lowest.
 
-    The slots come from Hugging Face's own operation: a logarithm and a ceiling that must not be redone differently.
+    The slots come from Hugging Face's own operation: a logarithm and a ceiling that must not be
+    redone differently.
     """
     from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
@@ -241,15 +259,17 @@ def distance_slots(longest, buckets, span, device):
 
 
 def product_groups(body, on_cls: bool) -> list[tuple[nn.Linear, ...]]:
-    """The linear maps of an encoder, those of one input together. on_cls: the last layer's queries have an input of
-    their own, the [CLS] rows."""
+    """The linear maps of an encoder, those of one input together. on_cls: the last layer's queries
+    have an input of their own, the [CLS] rows."""
     layers = body.layers if hasattr(body, "layers") else body.encoder.layer
     groups = [(body.embeddings_project,)] if hasattr(body, "embeddings_project") else []
     for layer in layers:
-        linears = {name.rsplit(".", 1)[-1]: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        maps = [(name, m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+        linears = {name.rsplit(".", 1)[-1]: m for name, m in maps}
         joined = [linears[name] for name in linears if name in ("query", "query_proj")]
-        joined += [linears[name] for name in linears if name in ("key", "key_proj", "value", "value_proj")]
-        alone = [m for m in layer.modules() if isinstance(m, nn.Linear) and m not in joined]
+        others = ("key", "key_proj", "value", "value_proj")
+        joined += [linears[name] for name in linears if name in others]
+        alone = [m for _, m in maps if m not in joined]
         if joined and on_cls and layer is layers[-1]:
             groups += [tuple(joined[:1]), tuple(joined[1:])]
         elif joined:

@@ -2,8 +2,8 @@
 
     project(x, *linears, act=None, part=None, bias=True)
 
-is a tensor per linear of x [rows, in_features] (one alone for one), with `act` applied to it; of one
-linear only the output features in the slice `part`, or the product without its bias.
+is a tensor per linear of x [rows, in_features] (one alone for one), with `act` applied to it; of
+one linear only the output features in the slice `part`, or the product without its bias.
 
 `by_modules` calls the modules: training in fp32 and on a CPU. `Joined` is for scoring: maps of one
 input are one product, on a CPU with weights laid out for oneDNN. `Narrow` is for autocast on a GPU:
@@ -11,28 +11,19 @@ bf16 copies of the fp32 weights, made once a step instead of at every use, with 
 taken back to fp32 in one go: the numbers are autocast's own, the launches a quarter.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from transformers.activations import GELUActivation
 
+from kernels import cpu
+
 
 def native_bf16(device) -> bool:
-    """Whether the device multiplies bf16 in hardware; elsewhere it is emulated, slower than fp32."""
+    """Whether the device multiplies bf16 in hardware; elsewhere it is emulated, slower than
+    fp32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-@cache
-def packs_weights(dtype) -> bool:
-    """Whether torch has oneDNN's products over weights laid out beforehand, and this CPU runs them."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    if torch.backends.cpu.get_cpu_capability()[:3] != "AVX":
-        return False
-    return dtype == torch.float32 or dtype == torch.bfloat16 and native_bf16("cpu")
+    return cpu.native_bf16()
 
 
 def activated(out, act):
@@ -73,14 +64,13 @@ class Joined:
         on_cpu = x.device.type == "cpu"
         if part is not None or not bias or len(linears) == 1 and not on_cpu:
             return by_modules(x, *linears, act=act, part=part, bias=bias)
-        weight, bias, laid_out = self._weights(linears, self._dtype(linears, on_cpu), on_cpu)
-        if laid_out:
+        joined = self._joined(linears, self._dtype(linears, on_cpu), on_cpu)
+        if isinstance(joined, cpu.LaidOut):
             gelu = isinstance(act, GELUActivation)
-            how = ("gelu", [], "none") if gelu else ("none", [], "")
-            out = torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, *how)
+            out = joined(x, gelu)
             out = out if gelu else activated(out, act)
         else:
-            out = activated(F.linear(x, weight, bias), act)
+            out = activated(F.linear(x, *joined), act)
         return out.chunk(len(linears), -1) if len(linears) > 1 else out
 
     @staticmethod
@@ -89,8 +79,8 @@ class Joined:
             return torch.get_autocast_dtype("cpu")
         return linears[0].weight.dtype
 
-    def _weights(self, linears, dtype, on_cpu):
-        """(weight, bias, whether laid out for oneDNN) of the joined maps."""
+    def _joined(self, linears, dtype, on_cpu):
+        """The maps as one: a cpu.LaidOut, or (weight, bias); kept until a weight changes."""
         sources = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
         now = dtype, [(p.data_ptr(), p._version) for p in sources]
         kept = self.kept.get(linears)
@@ -99,11 +89,11 @@ class Joined:
             bias = None
             if linears[0].bias is not None:
                 bias = torch.cat([linear.bias for linear in linears]).to(dtype)
-            laid_out = on_cpu and packs_weights(dtype)
-            if laid_out:
-                weight = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows)
-            kept = self.kept[linears] = now, weight, bias, laid_out
-        return kept[1:]
+            joined = weight, bias
+            if on_cpu and cpu.lays_out(dtype):
+                joined = cpu.LaidOut(weight, bias, self.rows)
+            kept = self.kept[linears] = now, joined
+        return kept[1]
 
 
 class Narrow:
@@ -118,7 +108,8 @@ class Narrow:
     def __init__(self, groups, dtype):
         self.dtype, self.version = dtype, None
         self.sources, self.copies, self.parts, self.sizes = [], [], [], []
-        self.place = {}  # linear -> (weight and bias of its group, by number of copy; sizes), its place
+        # linear -> (weight and bias of its group, by number of copy; sizes), its place
+        self.place = {}
         for group in groups:
             weight = self._join([linear.weight for linear in group])
             bias = None
@@ -128,7 +119,8 @@ class Narrow:
             self.place |= {linear: (product, at) for at, linear in enumerate(group)}
 
     def _join(self, sources) -> int:
-        with torch.inference_mode(False), torch.no_grad():  # made while scoring, it serves training too
+        # made while scoring, it serves training too
+        with torch.inference_mode(False), torch.no_grad():
             joined = torch.cat(sources).to(self.dtype)
             self.sizes.append([len(p) for p in sources])
             self.parts += joined.split(self.sizes[-1])
@@ -168,7 +160,8 @@ class Narrow:
         return project
 
     def widened(self, gradients):
-        """Gradients of the copies (None where unused) -> of the sources, fp32, slices of one buffer."""
+        """Gradients of the copies (None where unused) -> of the sources, fp32, slices of one
+        buffer."""
         parts = []
         for sizes, gradient in zip(self.sizes, gradients, strict=True):
             parts += [None] * len(sizes) if gradient is None else gradient.split(sizes)

@@ -4,26 +4,26 @@
 
     scores   [queries, list]  float32, bfloat16 or float16 logits (float64: for checking gradients)
     targets  [queries, list]  labels or teacher scores, any real dtype; never differentiated
-    lengths  [queries]        int32 or int64, documents of each list; columns beyond are ignored whatever they
-                              hold, NaN included. None: every column is a document.
+    lengths  [queries]        int32 or int64, documents of each list; columns beyond are ignored
+                              whatever they hold, NaN included. None: every column is a document.
 
-s is a query's list of scores, t its targets. Sums run over the whole batch before they are divided, so a
-query weighs as much as it has units (documents, pairs, or itself). A query without a unit (no pair, no
-positive, a single document) counts neither above nor below the fraction line; a batch without any gives 0
-with zero gradient. The arithmetic is float32 (float64 for float64 scores), and so is the loss.
+s is a query's list of scores, t its targets. Sums run over the whole batch before they are divided,
+so a query weighs as much as it has units (documents, pairs, or itself). A query without a unit (no
+pair, no positive, a single document) counts neither above nor below the fraction line; a batch
+without any gives 0 with zero gradient. The arithmetic is float32 (float64 for float64 scores), and
+so is the loss.
 
-On CUDA a Triton kernel computes a loss and its gradient in one launch; elsewhere, and for float64, the
-formula in the body of each function runs. The two agree to rounding. This file needs nothing but torch
-(and triton on CUDA).
+On CUDA a Triton kernel computes a loss and its gradient in one launch; elsewhere, and for float64,
+the formula in the body of each function runs. The two agree to rounding. This file needs nothing
+but torch (and triton on CUDA).
 
-Sources: Morand et al., "Reproducing and Comparing Distillation Techniques for Cross-Encoders", arXiv
-2603.03010, and the code it ran (xpmir, xpm-torch); Schlatt et al., "Rank-DistiLLM", arXiv 2405.07920
-(RankNet, ADR-MSE); Hofstätter et al., arXiv 2010.02666 (MarginMSE).
+Sources: Morand et al., "Reproducing and Comparing Distillation Techniques for Cross-Encoders",
+arXiv 2603.03010, and the code it ran (xpmir, xpm-torch); Schlatt et al., "Rank-DistiLLM", arXiv
+2405.07920 (RankNet, ADR-MSE); Hofstätter et al., arXiv 2010.02666 (MarginMSE).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -35,7 +35,7 @@ try:
 except ImportError:  # torch's CPU builds come without it
     triton = None
 
-MAX_BLOCK = 1024  # documents of a list that one program holds in registers; longer lists go block by block
+MAX_BLOCK = 1024  # documents that one program holds in registers; longer lists go by blocks
 TILE = 4  # documents j that meet a block of documents i at a time in the pairwise losses
 
 
@@ -44,8 +44,8 @@ def bce(scores, targets, lengths=None, *, pos_weight=1.0):
 
         mean over documents of  -pos_weight t log sigmoid(s) - (1 - t) log(1 - sigmoid(s))
 
-    targets are labels in [0, 1], soft ones too. A list of one document counts: the unit is the document.
-    arXiv 2603.03010 (there: torch.nn.BCEWithLogitsLoss over triples).
+    targets are labels in [0, 1], soft ones too. A list of one document counts: the unit is the
+    document. arXiv 2603.03010 (there: torch.nn.BCEWithLogitsLoss over triples).
     """
     lengths = _check(scores, targets, lengths, pos_weight=pos_weight)
     if _use_kernels(scores):
@@ -74,8 +74,9 @@ def marginmse(scores, targets, lengths=None, *, pairs="first"):
 
         mean over pairs (i, j) of  ((s_i - s_j) - (t_i - t_j))^2
 
-    pairs="first": the document of column 0 with each other one of its list (a triple is a list of two, the
-    positive first); pairs="all": every i < j. Hofstätter et al., arXiv 2010.02666; arXiv 2603.03010.
+    pairs="first": the document of column 0 with each other one of its list (a triple is a list of
+    two, the positive first); pairs="all": every i < j. Hofstätter et al., arXiv 2010.02666; arXiv
+    2603.03010.
     """
     if pairs not in ("first", "all"):
         raise ValueError(
@@ -97,8 +98,9 @@ def infonce(scores, targets, lengths=None, *, temperature=1.0):
 
         mean over queries of  mean over i with t_i > 0 of  -log( exp(s_i / T) / sum_j exp(s_j / T) )
 
-    The sum runs over all documents of the list. A query needs a positive and another document to count.
-    xpmir letor/distillation/listwise.py (`ListwiseInfoNCE`); arXiv 2603.03010: 1 positive and 7 negatives.
+    The sum runs over all documents of the list. A query needs a positive and another document to
+    count. xpmir letor/distillation/listwise.py (`ListwiseInfoNCE`); arXiv 2603.03010: 1 positive
+    and 7 negatives.
     """
     lengths = _check(scores, targets, lengths, temperature=temperature)
     if _use_kernels(scores):
@@ -106,8 +108,8 @@ def infonce(scores, targets, lengths=None, *, temperature=1.0):
     s, t, valid = _ragged(scores, targets, lengths)
     positive = valid & (t > 0)
     positives = positive.sum(1)
-    surprise = -_log_softmax(s / temperature, valid).masked_fill(~positive, 0).sum(1) / positives.clamp(min=1)
-    return _mean(surprise, (positives > 0) & (valid.sum(1) > 1))
+    surprise = -_log_softmax(s / temperature, valid).masked_fill(~positive, 0).sum(1)
+    return _mean(surprise / positives.clamp(min=1), (positives > 0) & (valid.sum(1) > 1))
 
 
 def ranknet(scores, targets, lengths=None):
@@ -115,7 +117,8 @@ def ranknet(scores, targets, lengths=None):
 
         mean over pairs (i, j) of a list with t_i > t_j of  log(1 + exp(-(s_i - s_j)))
 
-    Ties of the teacher give no pair. xpmir letor/distillation/listwise.py; Rank-DistiLLM; arXiv 2603.03010.
+    Ties of the teacher give no pair. xpmir letor/distillation/listwise.py; Rank-DistiLLM; arXiv
+    2603.03010.
     """
     lengths = _check(scores, targets, lengths)
     if _use_kernels(scores):
@@ -125,19 +128,21 @@ def ranknet(scores, targets, lengths=None):
 
 
 def adrmse(scores, targets, lengths=None, *, temperature=1.0):
-    """ADR-MSE: approximate ranks of the student against the teacher's ranks, top ranks weighing most.
+    """ADR-MSE: approximate ranks of the student against the teacher's, top ranks weighing most.
 
         mean over documents of  (pi_i - r_i)^2 / log2(pi_i + 1)
         r_i  = 1 + sum over j != i of sigmoid((s_j - s_i) / T)
-        pi_i = rank of t_i in its list from 1 (highest t first), tied documents share their mean rank
+        pi_i = rank of t_i in its list from 1 (highest t first), ties share their mean rank
 
-    A list of one document is not counted. Rank-DistiLLM (ApproxRankMSE, discount log2); arXiv 2603.03010.
+    A list of one document is not counted. Rank-DistiLLM (ApproxRankMSE, discount log2); arXiv
+    2603.03010.
     """
     lengths = _check(scores, targets, lengths, temperature=temperature)
     if _use_kernels(scores):
         return _fused(scores, targets, lengths, "adrmse", temperature)[0]
     s, t, valid = _ragged(scores, targets, lengths)
-    pair, lead = _pairs(valid), -_differences(t)  # lead[query, i, j] > 0: the teacher has j before i
+    pair = _pairs(valid)
+    lead = -_differences(t)  # lead[query, i, j] > 0: the teacher has j before i
     approximate = 1 + torch.sigmoid(-_differences(s) / temperature).masked_fill(~pair, 0).sum(2)
     rank = 1 + (torch.sign(lead) + 1).masked_fill(~pair, 0).sum(2) / 2
     errors = (rank - approximate).square() / torch.log2(rank + 1)
@@ -147,7 +152,8 @@ def adrmse(scores, targets, lengths=None, *, temperature=1.0):
 def kl(scores, targets, lengths=None, *, temperature=1.0):
     """Kullback-Leibler divergence of the student's distribution over the list from the teacher's.
 
-        mean over queries of  sum_i p_i (log p_i - log q_i),   p = softmax(t / T),  q = softmax(s / T)
+        mean over queries of  sum_i p_i (log p_i - log q_i)
+        p = softmax(t / T),  q = softmax(s / T)
 
     A list of one document is not counted. No factor T^2 is applied.
     """
@@ -172,10 +178,11 @@ LOSSES = {
 
 
 def _check(scores, targets, lengths, **parameters):
-    """Raise ValueError on arguments no loss can mean; return lengths on the device of scores, or None.
+    """Raise ValueError on arguments no loss can mean; return lengths on the device of scores, or
+    None.
 
-    Only shapes, dtypes and host values are looked at, so CUDA is never waited for: lengths that lie outside
-    0..list raise when they are on the CPU and are clamped when they are on the GPU.
+    Only shapes, dtypes and host values are looked at, so CUDA is never waited for: lengths that lie
+    outside 0..list raise when they are on the CPU and are clamped when they are on the GPU.
     """
     if scores.dim() != 2 or targets.shape != scores.shape:
         shapes = f"scores {list(scores.shape)} and targets {list(targets.shape)}"
@@ -185,7 +192,8 @@ def _check(scores, targets, lengths, **parameters):
     if targets.is_complex():
         raise ValueError(f"targets are {targets.dtype}: pass real labels or teacher scores")
     if targets.device != scores.device:
-        raise ValueError(f"scores on {scores.device}, targets on {targets.device}: move them to one device")
+        places = f"scores on {scores.device}, targets on {targets.device}"
+        raise ValueError(f"{places}: move them to one device")
     for name, value in parameters.items():
         if not math.isfinite(value) or value < 0 or (name == "temperature" and value == 0):
             raise ValueError(f"{name} is {value}: pass a finite, positive number")
@@ -195,21 +203,25 @@ def _check(scores, targets, lengths, **parameters):
         kind = getattr(lengths, "dtype", type(lengths).__name__)
         raise ValueError(f"lengths are {kind}: pass an int32 or int64 tensor")
     if lengths.shape != scores.shape[:1]:
-        raise ValueError(f"lengths are {list(lengths.shape)}: pass [{scores.shape[0]}], one per query")
+        shape = list(lengths.shape)
+        raise ValueError(f"lengths are {shape}: pass [{scores.shape[0]}], one per query")
     if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
         least, most = (int(bound) for bound in lengths.aminmax())
         if least < 0 or most > scores.shape[1]:
-            raise ValueError(f"lengths run from {least} to {most}: they must lie in 0..{scores.shape[1]}")
+            columns = scores.shape[1]
+            raise ValueError(f"lengths run from {least} to {most}: they must lie in 0..{columns}")
     return lengths.to(scores.device, non_blocking=True)
 
 
 def _ragged(scores, targets, lengths):
-    """-> s, t [queries, list] in the dtype of the arithmetic, 0 outside the lists; valid, their bool mask."""
+    """-> s, t [queries, list] in the dtype of the arithmetic, 0 outside the lists; valid, their
+    bool mask."""
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     valid = torch.ones_like(scores, dtype=torch.bool)
     if lengths is not None:
         valid = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
-    return scores.to(dtype).masked_fill(~valid, 0), targets.detach().to(dtype).masked_fill(~valid, 0), valid
+    s, t = scores.to(dtype), targets.detach().to(dtype)
+    return s.masked_fill(~valid, 0), t.masked_fill(~valid, 0), valid
 
 
 def _differences(x):
@@ -224,7 +236,7 @@ def _pairs(valid):
 
 
 def _log_softmax(x, valid):
-    # The lowest finite number, not -inf: a list without documents must not make a NaN to be hidden later.
+    # The lowest finite number, not -inf: a list without documents must not make a NaN to be hidden.
     return torch.log_softmax(x.masked_fill(~valid, torch.finfo(x.dtype).min), dim=1)
 
 
@@ -238,23 +250,27 @@ def _mean(values, counted):
 #     scores    [queries, columns] fp32, bf16 or fp16, contiguous
 #     targets   [queries, columns] any real dtype, contiguous
 #     lengths   [queries] int32 or int64, or None for full lists
-#     gradient  [queries, columns] fp32, written: d(sum of the query's units) / d scores, 0 beyond its length
+#     gradient  [queries, columns] fp32, written: d(sum of the query's units) / d scores, 0 beyond
 #     partials  [2, queries] fp32, written: the query's sum and its number of units
 #     columns   int;  parameter: the loss's pos_weight, margin or temperature
 #
-# ONE_BLOCK (columns <= BLOCK): scores and targets are read once and stay in registers; a pairwise loss takes
-# its tile of documents j out of the block of documents i by tl.gather. A longer list is walked in blocks,
-# each tile read again (from L1 or L2). Either way the [BLOCK, TILE] pairs live in registers only.
-# Nothing is added atomically: the same input gives the same bits.
-# No program knows the number of units of the whole batch, so the gradient is divided by it where the upstream
-# gradient is multiplied in, and stays fp32 until then: a sum over pairs can exceed fp16.
+# ONE_BLOCK (columns <= BLOCK): scores and targets are read once and stay in registers; a pairwise
+# loss takes its tile of documents j out of the block of documents i by tl.gather. A longer list is
+# walked in blocks, each tile read again (from L1 or L2). Either way the [BLOCK, TILE] pairs live in
+# registers only. Nothing is added atomically: the same input gives the same bits.
+# No program knows the number of units of the whole batch, so the gradient is divided by it where
+# the upstream gradient is multiplied in, and stays fp32 until then: a sum over pairs can exceed
+# fp16.
 
-_jit = functools.partial(triton.jit, do_not_specialize=["columns"]) if triton else lambda function: function
+
+def _jit(function):
+    return triton.jit(function, do_not_specialize=["columns"]) if triton else function
 
 
 @_jit
 def _row(scores, targets, gradient, lengths, columns):
-    """The three pointers moved to this program's query, by a 64-bit offset, and its number of documents."""
+    """The three pointers moved to this program's query, by a 64-bit offset, and its number of
+    documents."""
     query = tl.program_id(0).to(tl.int64)
     n = columns
     if lengths is not None:
@@ -285,7 +301,8 @@ def _log1p(x):
 
 @_jit
 def _softmax_mass(top, mass, x, sharpness):
-    """Maximum of a list so far, and its sum of exp((x - maximum) / T), with the next block x added."""
+    """Maximum of a list so far, and its sum of exp((x - maximum) / T), with the next block x
+    added."""
     higher = tl.maximum(top, tl.max(x, 0))
     mass = mass * tl.exp((top - higher) * sharpness) + tl.sum(tl.exp((x - higher) * sharpness), 0)
     return higher, mass
@@ -304,7 +321,9 @@ def _bce_kernel(
     scores, targets, lengths, gradient, partials, columns, parameter,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sum_i  w t softplus(-s) + (1 - t) softplus(s);   gradient  (1 - t) sigmoid(s) - w t sigmoid(-s)"""
+    """sum_i  w t softplus(-s) + (1 - t) softplus(s)
+    gradient  (1 - t) sigmoid(s) - w t sigmoid(-s)
+    """
     scores, targets, gradient, n = _row(scores, targets, gradient, lengths, columns)
     total = 0.0
     for start in range(0, columns, BLOCK):
@@ -312,7 +331,8 @@ def _bce_kernel(
         s, t = _read(scores, i, n), _read(targets, i, n)
         e = tl.exp(-tl.abs(s))
         tail = _log1p(e)  # softplus(x) = max(x, 0) + tail
-        each = parameter * t * (tl.maximum(-s, 0.0) + tail) + (1.0 - t) * (tl.maximum(s, 0.0) + tail)
+        softplus, softplus_minus = tl.maximum(s, 0.0) + tail, tl.maximum(-s, 0.0) + tail
+        each = parameter * t * softplus_minus + (1.0 - t) * softplus
         up = tl.where(s >= 0, 1.0, e) / (1.0 + e)  # sigmoid(s)
         down = tl.where(s >= 0, e, 1.0) / (1.0 + e)  # sigmoid(-s)
         slope = (1.0 - t) * up - parameter * t * down
@@ -326,7 +346,9 @@ def _hinge_kernel(
     scores, targets, lengths, gradient, partials, columns, parameter,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sum over t_i > 0 >= t_j of max(0, margin - (s_i - s_j));   each pair above 0 gives -1 to i, +1 to j"""
+    """sum over t_i > 0 >= t_j of max(0, margin - (s_i - s_j))
+    gradient  each pair above 0 gives -1 to i, +1 to j
+    """
     scores, targets, gradient, n = _row(scores, targets, gradient, lengths, columns)
     i = tl.arange(0, BLOCK)
     s, t = _read(scores, i, n), _read(targets, i, n)
@@ -359,7 +381,9 @@ def _marginmse_first_kernel(
     scores, targets, lengths, gradient, partials, columns, parameter,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sum_j e_j^2,  e_j = (s_0 - s_j) - (t_0 - t_j);   gradient  -2 e_j at j > 0,  2 sum_j e_j at 0"""
+    """sum_j e_j^2,  e_j = (s_0 - s_j) - (t_0 - t_j)
+    gradient  -2 e_j at j > 0,  2 sum_j e_j at 0
+    """
     scores, targets, gradient, n = _row(scores, targets, gradient, lengths, columns)
     i = tl.arange(0, BLOCK)
     s, t = _read(scores, i, n), _read(targets, i, n)
@@ -387,10 +411,11 @@ def _marginmse_all_kernel(
     scores, targets, lengths, gradient, partials, columns, parameter,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d_i = (s_i - s_0) - (t_i - t_0), m = mean d:  sum over i < j of (d_i - d_j)^2;  gradient  2 n (d_i - m)
+    """sum over i < j of (d_i - d_j)^2,  d_i = (s_i - s_0) - (t_i - t_0)
+    gradient  2 n (d_i - m),  m = mean d
 
-    The sum equals n sum_i (d_i - m)^2, which spares the n^2 pairs. Column 0 is taken off first so that scores
-    far from 0 lose no more digits than in a difference of two of them.
+    The sum equals n sum_i (d_i - m)^2, which spares the n^2 pairs. Column 0 is taken off first so
+    that scores far from 0 lose no more digits than in a difference of two of them.
     """
     scores, targets, gradient, n = _row(scores, targets, gradient, lengths, columns)
     size = n.to(tl.float32)
@@ -419,7 +444,9 @@ def _infonce_kernel(
     scores, targets, lengths, gradient, partials, columns, parameter,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p = softmax(s / T), y_i = [t_i > 0] / positives:  sum_i -y_i log p_i;   gradient  (p_i - y_i) / T"""
+    """sum_i -y_i log p_i,  p = softmax(s / T),  y_i = [t_i > 0] / positives
+    gradient  (p_i - y_i) / T
+    """
     scores, targets, gradient, n = _row(scores, targets, gradient, lengths, columns)
     sharpness = 1.0 / parameter
     i = tl.arange(0, BLOCK)
@@ -455,7 +482,9 @@ def _ranknet_kernel(
     scores, targets, lengths, gradient, partials, columns, parameter,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sum over t_i > t_j of softplus(-x), x = s_i - s_j;   each gives -sigmoid(-x) to i, sigmoid(-x) to j"""
+    """sum over t_i > t_j of softplus(-x),  x = s_i - s_j
+    gradient  each pair gives -sigmoid(-x) to i, sigmoid(-x) to j
+    """
     scores, targets, gradient, n = _row(scores, targets, gradient, lengths, columns)
     i = tl.arange(0, BLOCK)
     s, t = _read(scores, i, n), _read(targets, i, n)
@@ -476,7 +505,8 @@ def _ranknet_kernel(
             better = inside & (t[:, None] > t_j[None, :])
             worse = inside & (t[:, None] < t_j[None, :])
             side = tl.where(better, 1.0, 0.0) - tl.where(worse, 1.0, 0.0)
-            margin = side * (s[:, None] - s_j[None, :])  # how far the pair is ordered as the teacher has it
+            # how far the pair is ordered as the teacher has it
+            margin = side * (s[:, None] - s_j[None, :])
             e = tl.exp(-tl.abs(margin))
             loss += tl.sum(tl.where(better, tl.maximum(-margin, 0.0) + _log1p(e), 0.0), 1)
             slope -= tl.sum(side * tl.where(margin >= 0, e, 1.0) / (1.0 + e), 1)
@@ -492,12 +522,13 @@ def _adrmse_kernel(
     scores, targets, lengths, gradient, partials, columns, parameter, weights,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """With w_i = 2 (r_i - pi_i) / log2(pi_i + 1):
+    """sum_i (r_i - pi_i)^2 / log2(pi_i + 1)
+    gradient  sum_j (w_j - w_i) sigmoid'((s_i - s_j) / T) / T
+    w_i = 2 (r_i - pi_i) / log2(pi_i + 1)
 
-    sum_i (r_i - pi_i)^2 / log2(pi_i + 1);   gradient  sum_j (w_j - w_i) sigmoid'((s_i - s_j) / T) / T,
     as d r_j / d s_i = sigmoid'((s_i - s_j) / T) / T and d r_i / d s_i is minus their sum over j.
-    weights [queries, columns] fp32 keeps w of lists longer than a block (not touched otherwise): the gradient
-    of a document needs the w of all.
+    weights [queries, columns] fp32 keeps w of lists longer than a block (not touched otherwise):
+    the gradient of a document needs the w of all.
     """
     scores, targets, gradient, n = _row(scores, targets, gradient, lengths, columns)
     weights += tl.program_id(0).to(tl.int64) * columns
@@ -520,7 +551,8 @@ def _adrmse_kernel(
             x = (s[:, None] - s_j[None, :]) * sharpness
             e = tl.exp(-tl.abs(x))
             beaten += tl.sum(tl.where(pair, tl.where(x >= 0, e, 1.0) / (1.0 + e), 0.0), 1)
-            lead = tl.where(t[:, None] < t_j[None, :], 1.0, tl.where(t[:, None] == t_j[None, :], 0.5, 0.0))
+            level = tl.where(t[:, None] == t_j[None, :], 0.5, 0.0)
+            lead = tl.where(t[:, None] < t_j[None, :], 1.0, level)
             behind += tl.sum(tl.where(pair, lead, 0.0), 1)
         error = tl.where(i < n, beaten - behind, 0.0)
         discount = tl.log2(behind + 2.0)
@@ -552,7 +584,9 @@ def _kl_kernel(
     scores, targets, lengths, gradient, partials, columns, parameter,
     BLOCK: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p = softmax(t / T), q = softmax(s / T):  sum_i p_i (log p_i - log q_i);   gradient  (q_i - p_i) / T"""
+    """sum_i p_i (log p_i - log q_i),  p = softmax(t / T),  q = softmax(s / T)
+    gradient  (q_i - p_i) / T
+    """
     scores, targets, gradient, n = _row(scores, targets, gradient, lengths, columns)
     sharpness = 1.0 / parameter
     i = tl.arange(0, BLOCK)
@@ -583,7 +617,7 @@ def _kl_kernel(
 
 @_jit
 def _mean_kernel(partials, loss, scale, queries, BLOCK: tl.constexpr):
-    """partials [2, queries] -> loss [] = sum / units and scale [] = 1 / units; without units 0 and 1."""
+    """partials [2, queries] -> loss [] = sum / units, scale [] = 1 / units; without units 0, 1."""
     total = tl.zeros([BLOCK], tl.float32)
     units = tl.zeros([BLOCK], tl.float32)
     for start in range(0, queries, BLOCK):
@@ -606,7 +640,8 @@ _KERNELS = {
     "kl": _kl_kernel,
 }
 
-_kernels = None  # for tests and benchmarks: True runs the kernels (interpreted on a CPU), False the formulas
+# For tests and benchmarks: True runs the kernels (interpreted on a CPU), False the formulas.
+_kernels = None
 
 
 def _use_kernels(scores):
@@ -615,12 +650,13 @@ def _use_kernels(scores):
 
 
 def _configuration(name, columns):
-    """Compile-time arguments of a loss's kernel for lists of so many columns, and its number of warps."""
+    """Compile-time arguments of a loss's kernel for lists of so many columns, and its number of
+    warps."""
     block = min(max(16, triton.next_power_of_2(columns)), MAX_BLOCK)
     # A thread holds 4 to 8 pairs, or 8 documents: with more of them ptxas begins to spill.
     warps = block // 32 if name in ("hinge", "ranknet", "adrmse") else block // 256
-    if name == "adrmse" and columns > block:  # with 16, ptxas held to 64 registers on sm_80 spills 8 bytes (Triton 3.9)
-        warps = 8
+    if name == "adrmse" and columns > block:
+        warps = 8  # with 16, ptxas held to 64 registers on sm_80 spills 8 bytes (Triton 3.9)
     return {"BLOCK": block, "TILE": TILE, "ONE_BLOCK": columns <= block}, min(max(warps, 1), 16)
 
 
@@ -634,7 +670,8 @@ def _configuration(name, columns):
 def _fused(scores, targets, lengths, name, parameter):
     """-> loss [], gradient of the sum [queries, columns], 1 / units []; all fp32.
 
-    Two launches, the loss's kernel and the sum of its partials over queries; the host waits for neither.
+    Two launches, the loss's kernel and the sum of its partials over queries; the host waits for
+    neither.
     """
     queries, columns = scores.shape
     scores, targets = scores.contiguous(), targets.contiguous()
@@ -649,8 +686,9 @@ def _fused(scores, targets, lengths, name, parameter):
         meta["weights"] = gradient if meta["ONE_BLOCK"] else torch.empty_like(gradient)
     with torch.cuda.device_of(scores):
         _KERNELS[name][queries,](
-            scores, targets, lengths, gradient, partials, columns, parameter, **meta, num_warps=warps
-        )
+            scores, targets, lengths, gradient, partials, columns, parameter,
+            num_warps=warps, **meta,
+        )  # fmt: skip
         _mean_kernel[1,](partials, loss, scale, queries, BLOCK=MAX_BLOCK, num_warps=4)
     return loss, gradient, scale
 

@@ -1,17 +1,20 @@
-"""`tiny`: a small cross-encoder whose weights start from the texts it will search, for machines without a GPU.
+"""`tiny`: a small cross-encoder whose weights start from the texts it will search, for machines
+without a GPU.
 
-A transformer that starts from random weights needs far more than a few minutes to discover that a document about
-the query repeats its words. So the start makes that comparison possible, and training has to learn all the rest:
+A transformer that starts from random weights needs far more than a few minutes to discover that a
+document about the query repeats its words. So the start makes that comparison possible, and
+training has to learn all the rest:
 
-- a token's vector is random, plus the sum of the random vectors of its character n-grams (Bojanowski et al. 2017),
-  so that "compute" and "computes" begin close; one coordinate holds the token's inverse document frequency,
-  one its side (query or document);
-- in the first layer the query and the key of a token are the same vector (one orthogonal matrix): a token attends to
-  itself and to its other occurrences, and the value passes on the side of what was attended to;
+- a token's vector is random, plus the sum of the random vectors of its character n-grams
+  (Bojanowski et al. 2017), so that "compute" and "computes" begin close; one coordinate holds the
+  token's inverse document frequency, one its side (query or document);
+- in the first layer the query and the key of a token are the same vector (one orthogonal matrix):
+  a token attends to itself and to its other occurrences, and the value passes on the side of what
+  was attended to;
 - in the last layer [CLS] attends to the rare tokens of one side per head.
 
-Everything else is Hugging Face's random start; before training it ranks no better than chance, and nothing of BM25 is
-built in.
+Everything else is Hugging Face's random start; before training it ranks no better than chance, and
+nothing of BM25 is built in.
 """
 
 import math
@@ -23,24 +26,21 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-# What train.py takes for --backbone tiny where a flag is not given; found on pydocs.
-PRESET = dict(steps=450, batch_size=16, list_size=8, lr=2e-3, depth=50, query_length=24, doc_length=96,
-              eval_depth=50, eval_queries=150, eval_every=225)
-RANDOM_SHARE = 2 / 7  # of the negatives come from the whole corpus: without some, only BM25's own choice is ever seen
-
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # the 33 English stop words of Lucene, which BM25 leaves out too
 STOP_WORDS = (
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
-    "this to was will with"
+    "a an and are as at be but by for if in into is it no not of on or such that the their then "
+    "there these they this to was will with"
 )
 HIDDEN, LAYERS, HEADS, INTERMEDIATE, VOCABULARY = 128, 2, 2, 128, 8192
-# The last coordinates of a token's vector: its rarity, its side, the side of what it attends to. One is spare.
+# The last coordinates of a token's vector: its rarity, its side, the side of what it attends to.
+# One is spare.
 RARITY, SIDE, ATTENDED_SIDE, CONTENT = HIDDEN - 1, HIDDEN - 2, HIDDEN - 3, HIDDEN - 4
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """WordPiece trained on the texts: camelCase and snake_case split, lower case, no punctuation, no stop words."""
+    """WordPiece trained on the texts: camelCase and snake_case split, lower case, no punctuation,
+    no stop words."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([
         normalizers.NFKD(),
@@ -51,8 +51,8 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         normalizers.Replace(Regex(rf"\b({STOP_WORDS.replace(' ', '|')})\b"), " "),
     ])  # fmt: skip
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # The trainer numbers the characters in the order of a hash table that changes from run to run, and breaks ties
-    # by number: naming them first makes the vocabulary a function of the texts.
+    # The trainer numbers the characters in the order of a hash table that changes from run to run,
+    # and breaks ties by number: naming them first makes the vocabulary a function of the texts.
     letters = list(string.ascii_lowercase + string.digits)
     first = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
     tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(
@@ -61,9 +61,9 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     trained = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))
     trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
     trained.add_special_tokens(SPECIAL)
+    special = [(token, trained.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     trained.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, trained.token_to_id(token)) for token in ("[CLS]", "[SEP]")])  # fmt: skip
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special)
     names = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL}
     return PreTrainedTokenizerFast(
         tokenizer_object=trained, model_max_length=512,
@@ -71,19 +71,21 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_tiny(texts: list[str], seed: int):
-    """(BertForSequenceClassification, its tokenizer) for these texts; the same texts and seed, the same weights."""
+    """(BertForSequenceClassification, its tokenizer) for these texts; the same texts and seed, the
+    same weights."""
     tokenizer = build_tokenizer(texts)
     vocabulary = len(tokenizer)
-    config = BertConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        intermediate_size=INTERMEDIATE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=1,
-        pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    config = BertConfig(vocab_size=vocabulary, hidden_size=HIDDEN, num_hidden_layers=LAYERS,
+                        num_attention_heads=HEADS, intermediate_size=INTERMEDIATE,
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=1,
+                        pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertForSequenceClassification(config).eval()
         orthogonal = [torch.nn.init.orthogonal_(torch.empty(HIDDEN, HIDDEN)) for _ in range(3)]
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    distinct = [np.unique(np.asarray(e.ids, np.int64)) for e in encodings]  # as integers even where there are none
+    # as integers even where there are none
+    distinct = [np.unique(np.asarray(e.ids, np.int64)) for e in encodings]
     frequency = np.bincount(np.concatenate(distinct), minlength=vocabulary)
     rarity = np.log(1 + len(texts) / (1 + frequency))
 
@@ -101,7 +103,8 @@ def build_tiny(texts: list[str], seed: int):
         attention = model.bert.encoder.layer[0].attention
         same = orthogonal[0].clone()
         same[:, CONTENT:] = 0
-        same *= math.sqrt(10 / math.sqrt(head))  # a token's score with itself is 10: e^10 against a sum of 100 others
+        # a token's score with itself is 10: e^10 against a sum of 100 others
+        same *= math.sqrt(10 / math.sqrt(head))
         attention.self.query.weight.copy_(same)
         attention.self.key.weight.copy_(same)
         attention.self.value.weight.copy_(orthogonal[1])
@@ -122,7 +125,8 @@ def build_tiny(texts: list[str], seed: int):
 
 
 def _content(tokens: list[str], width: int, seed: int) -> np.ndarray:
-    """A vector of length sqrt(width) per token: half its own random direction, half that of its n-grams (3 to 5)."""
+    """A vector of length sqrt(width) per token: half its own random direction, half that of its
+    n-grams (3 to 5)."""
     random = np.random.default_rng(seed)
     own = random.standard_normal((len(tokens), width), dtype=np.float32)
     table = random.standard_normal((1 << 15, width), dtype=np.float32)
@@ -130,6 +134,7 @@ def _content(tokens: list[str], width: int, seed: int) -> np.ndarray:
     for row, token in zip(shared, tokens, strict=True):
         marked = (token[2:] if token.startswith("##") else "<" + token) + ">"
         grams = [marked[i : i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)]
-        row += table[[zlib.crc32(gram.encode()) % len(table) for gram in dict.fromkeys(grams or [marked])]].sum(0)
+        distinct = dict.fromkeys(grams or [marked])
+        row += table[[zlib.crc32(gram.encode()) % len(table) for gram in distinct]].sum(0)
     vectors = sum(v / np.linalg.norm(v, axis=1, keepdims=True) for v in (own, shared))
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * math.sqrt(width)

@@ -1,14 +1,16 @@
-"""Valid inputs of every format, mutated by seed, through all four scripts: what may never happen is counted here.
+"""Valid inputs of every format, mutated by seed, through all four scripts: what may not happen.
 
-    python tests/mutations.py --cases 2000 --seed 7            every bad case by kind, with its command and mutation
-    python tests/mutations.py --seed 7 --case 123              that one case again, with all that it wrote
+    python tests/mutations.py --cases 2000 --seed 7    every bad case by kind, with its command
+    python tests/mutations.py --seed 7 --case 123      that one case again, with all that it wrote
 
-A case is a pure function of (seed, number): the number chooses one of COMMANDS, Random(f"{seed} {number}") what becomes
-of its inputs. The first len(COMMANDS) cases change nothing and have to succeed. All others end with 0 and an output
-that our own readers accept, or with 2, one line `error: ...` behind the progress, and nothing half-written.
+A case is a pure function of (seed, number): the number chooses one of COMMANDS, Random(f"{seed}
+{number}") what becomes of its inputs. The first len(COMMANDS) cases change nothing and have to
+succeed. All others end with 0 and an output that our own readers accept, or with 2, one line
+`error: ...` behind the progress, and nothing half-written.
 
-One process imports everything once and forks a child per case: torch alone takes seconds to import. It never computes
-itself, for OpenMP's threads do not live through a fork. Folders of bad cases are kept under --folder.
+One process imports everything once and forks a child per case: torch alone takes seconds to import.
+It never computes itself, for OpenMP's threads do not live through a fork. Folders of bad cases are
+kept under --folder.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,28 +40,34 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60  # of a case, before it counts as one that never ends
-LIMITS = {resource.RLIMIT_AS: 8 << 30, resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_FSIZE: 1 << 30,
-          resource.RLIMIT_CORE: 0}
+LIMITS = {resource.RLIMIT_AS: 8 << 30, resource.RLIMIT_CPU: SECONDS,
+          resource.RLIMIT_FSIZE: 1 << 30, resource.RLIMIT_CORE: 0}  # fmt: skip
 OUTPUTS = ("out.run", "out.tsv", "out.png", "values.tsv")
 UNFIT = 99  # exit code of a child whose script succeeded with an output that is not as it has to be
 
 
-# ---------------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------- the commands
 
 
 class Command(NamedTuple):
-    """words: the command line, {NAME} for what `build` makes. stops: (module, dotted name, calls): the command is also
-    run beforehand and interrupted behind so many calls of that function; what it leaves behind is an input too."""
+    """words: the command line, {NAME} for what `build` makes.
+
+    stops: (module, dotted name, calls): the command is also run beforehand and interrupted behind
+    so many calls of that function; what it leaves behind is an input too.
+    """
 
     words: str
     stops: tuple | None = None
 
 
 RERANK = "rerank.py --device cpu --dtype float32 --out out.run --model {model} --dataset {corpus} "
-ENSEMBLE = "teacher.py cross-encoder --device cpu --dtype float32 --dataset {corpus} --model {model} {other} "
-LISTWISE = "teacher.py listwise --dataset {corpus} --run {first.run} --window 6 --stride 3 --out out.run --depth 12 "
+ENSEMBLE = ("teacher.py cross-encoder --device cpu --dtype float32 --dataset {corpus} "
+            "--model {model} {other} ")  # fmt: skip
+LISTWISE = ("teacher.py listwise --dataset {corpus} --run {first.run} --window 6 --stride 3 "
+            "--out out.run --depth 12 ")  # fmt: skip
 SERVER = LISTWISE + "--model judge --endpoint {endpoint} --retries 1 --timeout 5 "
-POINTWISE = "teacher.py pointwise --device cpu --model {llm} --dataset {corpus} --depth 5 --out out.run "
+POINTWISE = ("teacher.py pointwise --device cpu --model {llm} --dataset {corpus} --depth 5 "
+             "--out out.run ")  # fmt: skip
 TRAIN = "train.py --device cpu --out out --dataset {corpus} --steps 3 --batch-size 4 --lr 1e-3 "
 TOY, LISTS = TRAIN + "--backbone {model} ", "--lists {teacher.run} --list-size 4 "
 JUDGE = "evaluate.py --qrels {qrels.txt} {runs/bm25.run} {runs/bert-kl.run} "
@@ -77,7 +86,8 @@ COMMANDS = [Command(*line) if isinstance(line, tuple) else Command(line) for lin
     JUDGE + "--plot out.png --plot-kind latency --format json",
     JUDGE + "--plot out.png --plot-kind difference",
     JUDGE + "--plot out.png --plot-kind heatmap",
-    "evaluate.py --dataset {corpus}/train {first.run} {first.run.gz} --plot out.png --measures RR@10 Judged@10 bpref",
+    "evaluate.py --dataset {corpus}/train {first.run} {first.run.gz} --plot out.png "
+    "--measures RR@10 Judged@10 bpref",
     "evaluate.py --dataset {corpus}/train --diff {first.run} {teacher.run} --top 3",
     "evaluate.py --suite nanobeir --runs {suite} --qrels {judged} --per-dataset",
     ENSEMBLE + "--run {first.run} --out out.run --normalize zscore --keep-each",
@@ -90,7 +100,8 @@ COMMANDS = [Command(*line) if isinstance(line, tuple) else Command(line) for lin
     POINTWISE + "--run {first.run}",
     POINTWISE + "--first-stage bm25 --template chat",
     TRAIN + "--backbone tiny --query-length 8 --doc-length 16",
-    TRAIN + "--backbone tiny --list-size 4 --query-length 8 --doc-length 16 --eval-dataset {corpus}/dev",
+    TRAIN + "--backbone tiny --list-size 4 --query-length 8 --doc-length 16 "
+            "--eval-dataset {corpus}/dev",
     TOY + "--first-stage bm25 --loss hinge",
     *[TOY + LISTS + f"--loss {loss}" for loss in ("adrmse", "infonce", "kl")],
     TOY + LISTS + "--loss ranknet --negatives shared --max-teacher-margin 1 --skip-missing",
@@ -100,41 +111,53 @@ COMMANDS = [Command(*line) if isinstance(line, tuple) else Command(line) for lin
 ]]  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------- the valid inputs
+# --------------------------------------------------------------------------------- the valid inputs
 
 
 def build(world: Path) -> None:
     """Everything that COMMANDS name, and what their interrupted runs leave, under `world`."""
     import numpy as np
     import pyarrow as pa
-    import test_teacher
     import torch
-    import toy
-    from transformers import AutoModelForSequenceClassification, DebertaV2Config, ElectraConfig, ModernBertConfig
+    from transformers import (
+        AutoModelForSequenceClassification,
+        DebertaV2Config,
+        ElectraConfig,
+        ModernBertConfig,
+    )
 
+    import teaching
+    import toy
     from kernels.encoder import CrossEncoder
 
     rng = np.random.default_rng(0)
     toy.corpus(world / "corpus")
     toy.model(world / "model")
     toy.model(world / "other", seed=1, hidden=64)
-    test_teacher.small_llm(world / "llm")
-    sizes = dict(vocab_size=len(toy.WORDS) + 5, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                 intermediate_size=48, max_position_embeddings=64, num_labels=1, initializer_range=0.2, pad_token_id=0)
-    families = {"electra": ElectraConfig(**sizes, embedding_size=24),
-                "modernbert": ModernBertConfig(**sizes, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3),
-                "deberta": DebertaV2Config(**sizes, relative_attention=True, position_buckets=16, type_vocab_size=0,
-                                           pos_att_type="p2c|c2p", position_biased_input=False)}
+    teaching.small_llm(world / "llm")
+    sizes = dict(vocab_size=len(toy.WORDS) + 5, hidden_size=32, num_hidden_layers=2,
+                 num_attention_heads=2, intermediate_size=48, max_position_embeddings=64,
+                 num_labels=1, initializer_range=0.2, pad_token_id=0)
+    families = {
+        "electra": ElectraConfig(**sizes, embedding_size=24),
+        "modernbert": ModernBertConfig(**sizes, cls_token_id=2, sep_token_id=3, bos_token_id=2,
+                                       eos_token_id=3),
+        "deberta": DebertaV2Config(**sizes, relative_attention=True, position_buckets=16,
+                                   type_vocab_size=0, pos_att_type="p2c|c2p",
+                                   position_biased_input=False),
+    }  # fmt: skip
     for name, config in families.items():
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(config)
         CrossEncoder(model, toy.tokenizer(), 8, 32).save_pretrained(world / name)
 
     (world / "runs").mkdir()
-    for name, step in {"first.run": 3, "teacher.run": 7, "runs/bm25.run": 3, "runs/bert-kl.run": 7}.items():
+    steps = {"first.run": 3, "teacher.run": 7, "runs/bm25.run": 3, "runs/bert-kl.run": 7}
+    for name, step in steps.items():
         scores = rng.standard_normal((12, 20)).round(2)
-        (world / name).write_text("".join(f"q{q} Q0 d{(q + step * i) % 60} {i + 1} {scores[q, i]} t\n"
-                                          for q in range(12) for i in range(20)))
+        lines = [f"q{q} Q0 d{(q + step * i) % 60} {i + 1} {scores[q, i]} t\n"
+                 for q in range(12) for i in range(20)]  # fmt: skip
+        (world / name).write_text("".join(lines))
         (world / f"{name}.json").write_text('{"seconds": 1.5, "pairs": 240}')
     first = (world / "first.run").read_bytes()
     (world / "first.run.gz").write_bytes(gzip.compress(first, mtime=0))
@@ -147,7 +170,8 @@ def build(world: Path) -> None:
     for name in ("scifact", "nfcorpus"):
         shutil.copy(world / "first.run", world / "suite" / "bert-kl" / f"{name}.run")
     lines = (world / "corpus" / "corpus.jsonl").read_text().splitlines()
-    (world / "passages.txt").write_text("".join(json.loads(line)["text"] + "\n" for line in lines[:20]))
+    passages = [json.loads(line)["text"] + "\n" for line in lines[:20]]
+    (world / "passages.txt").write_text("".join(passages))
     rows = [(f"q{i % 8}", f"d{i % 8}", f"d{(i * 7 + 21) % 60}") for i in range(30)]
     (world / "triples.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
     rows = [(f"{i / 4}", f"-{i}", *row) for i, row in enumerate(rows)]
@@ -155,7 +179,7 @@ def build(world: Path) -> None:
 
 
 def leave_behind(world: Path, number: int) -> None:
-    """Runs the command of that number until its `stops`, in the folder that its cases begin with."""
+    """Runs the command of that number until its `stops`, in the folder its cases begin with."""
     module, name, calls = COMMANDS[number].stops
     holder, left = sys.modules[module], [calls]
     *outer, name = name.split(".")
@@ -178,15 +202,18 @@ def leave_behind(world: Path, number: int) -> None:
         raise SystemExit(f"{COMMANDS[number].words}: exit {code} in place of an interruption")
 
 
-# ------------------------------------------------------------------------------------------------- the mutations
+# ------------------------------------------------------------------------------------ the mutations
 
 LONG = "x" * 100_000
-ODD_TEXTS = ["", " ", "\0", "é", "１２", "a b", "a\nb", "a\tb", "\u2028", "\ufeff", "\ud800", "-", "#", "%s", LONG]
-ODD_NUMBERS = ["nan", "inf", "-inf", "1e400", "1e-400", "-0", "0", "-1", "1.5", "1e5", "0x10", "1_000", "１２", "",
-               str(2**31), str(2**62), str(2**64), "9" * 5000]
-ODD_JSON = ["null", "true", "0", "-1", "1.5", str(2**31), str(2**62), "9" * 5000, "1e400", "NaN", "-Infinity", "[]",
-            "{}", "[[]]", '{"a": {"b": [0]}}', "[" * 100_000 + "]" * 100_000, *map(json.dumps, ODD_TEXTS)]
+ODD_TEXTS = ["", " ", "\0", "é", "１２", "a b", "a\nb", "a\tb", "\u2028", "\ufeff", "\ud800", "-",
+             "#", "%s", LONG]
+ODD_NUMBERS = ["nan", "inf", "-inf", "1e400", "1e-400", "-0", "0", "-1", "1.5", "1e5", "0x10",
+               "1_000", "１２", "", str(2**31), str(2**62), str(2**64), "9" * 5000]
+ODD_JSON = ["null", "true", "0", "-1", "1.5", str(2**31), str(2**62), "9" * 5000, "1e400", "NaN",
+            "-Infinity", "[]", "{}", "[[]]", '{"a": {"b": [0]}}', "[" * 100_000 + "]" * 100_000,
+            *map(json.dumps, ODD_TEXTS)]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+LONG_LINE = b"\n" + b"x" * 2_000_000 + b"\n"
 PAGE = b"<!DOCTYPE html>\n<html><body>429 Too Many Requests</body></html>\n"
 
 
@@ -219,6 +246,10 @@ def doubled(rng, data):
     return b"".join([*lines[: at + 1], *lines[at:]])
 
 
+def half_gzip(rng, data):
+    return gzip.compress(data, mtime=0)[: max(10, len(data) // 8)]
+
+
 BYTES = {
     "cut off": lambda rng, data: data[: place(rng, data)],
     "its beginning gone": lambda rng, data: data[place(rng, data) :],
@@ -227,7 +258,7 @@ BYTES = {
     "a NUL inserted": lambda rng, data: inserted(rng, data, b"\0"),
     "a carriage return inserted": lambda rng, data: inserted(rng, data, b"\r"),
     "a lone surrogate inserted": lambda rng, data: inserted(rng, data, b"\xed\xa0\x80"),
-    "a very long line inserted": lambda rng, data: inserted(rng, data, b"\n" + b"x" * 2_000_000 + b"\n"),
+    "a very long line inserted": lambda rng, data: inserted(rng, data, LONG_LINE),
     "random bytes": lambda rng, data: rng.randbytes(len(data)),
     "a byte order mark": lambda rng, data: b"\xef\xbb\xbf" + data,
     "CRLF": lambda rng, data: data.replace(b"\n", b"\r\n"),
@@ -235,7 +266,7 @@ BYTES = {
     "UTF-16": lambda rng, data: data.decode("latin-1").encode("utf-16"),
     "latin-1": lambda rng, data: data.replace(b"a", b"\xe9"),
     "gzip of it": lambda rng, data: gzip.compress(data, mtime=0),
-    "half the gzip of it": lambda rng, data: gzip.compress(data, mtime=0)[: max(10, len(data) // 8)],
+    "half the gzip of it": half_gzip,
     "empty": lambda rng, data: b"",
     "blank lines": lambda rng, data: b" \n\n\t\n",
     "a line doubled": doubled,
@@ -244,7 +275,7 @@ BYTES = {
     "no newline at the end": lambda rng, data: data.rstrip(b"\n"),
     "a git-lfs pointer": lambda rng, data: POINTER,
     "an HTML page": lambda rng, data: PAGE,
-}  # fmt: skip
+}
 
 
 def in_bytes(rng, data):
@@ -253,19 +284,22 @@ def in_bytes(rng, data):
 
 
 def in_columns(rng, data):
-    """One field, in one line or in all: removed, swapped with its neighbour, doubled or replaced."""
+    """One field, in one line or in all: removed, swapped with its neighbour, doubled, replaced."""
     blank = b"\t" if b"\t" in data else b" "
     lines = [line.split(blank) for line in data.split(b"\n")]
     chosen, column = place(rng, lines[:-1]), rng.randrange(6)
-    everywhere, how = rng.random() < 0.3, rng.choice(["removed", "swapped", "doubled", *["replaced"] * 4])
+    everywhere = rng.random() < 0.3
+    how = rng.choice(["removed", "swapped", "doubled", *["replaced"] * 4])
     value = rng.choice(rng.choice([ODD_NUMBERS, ODD_TEXTS]))
     for line in lines[:-1] if everywhere else lines[chosen : chosen + 1]:
         at = column % len(line)
         field = line.pop(at)
         if how == "swapped":
             line.insert(at + 1, field)
-        elif how != "removed":
-            line[at:at] = [field, field] if how == "doubled" else [value.encode("utf-8", "surrogatepass")]
+        elif how == "doubled":
+            line[at:at] = [field, field]
+        elif how == "replaced":
+            line.insert(at, value.encode("utf-8", "surrogatepass"))
     where = "every line" if everywhere else f"line {chosen + 1}"
     what = f"{how} by {value[:20]!r}" if how == "replaced" else how
     return f"{where}: field {column + 1} {what}", b"\n".join(blank.join(line) for line in lines)
@@ -299,7 +333,8 @@ def in_json_lines(rng, data):
     for i in range(len(lines)) if everywhere else [chosen]:
         what, line = in_json(random.Random(seed), lines[i])
         lines[i] = line.decode()
-    return f"{'every line' if everywhere else f'line {chosen + 1}'}: {what}", "".join(f"{x}\n" for x in lines).encode()
+    where = "every line" if everywhere else f"line {chosen + 1}"
+    return f"{where}: {what}", "".join(f"{line}\n" for line in lines).encode()
 
 
 def in_tensors(rng, data):
@@ -307,17 +342,28 @@ def in_tensors(rng, data):
     import numpy as np
     from safetensors.numpy import load, save
 
+    ways = {
+        "removed": None,
+        "NaN": lambda a: a * np.nan,
+        "infinite": lambda a: a + np.inf,
+        "zero": lambda a: a * 0,
+        "int64": lambda a: a.astype(np.int64),
+        "float16": lambda a: a.astype(np.float16),
+        "bool": lambda a: a > 0,
+        "transposed": lambda a: np.ascontiguousarray(a.T),
+        "twice as long": lambda a: np.concatenate([a, a]),
+        "one shorter": lambda a: a[1:],
+        "without elements": lambda a: a[:0],
+        "with one axis more": lambda a: a[None],
+        "renamed": lambda a: a,
+    }
     tensors = load(data)
-    name, ways = rng.choice(sorted(tensors)), {
-        "removed": None, "NaN": lambda a: a * np.nan, "infinite": lambda a: a + np.inf, "zero": lambda a: a * 0,
-        "int64": lambda a: a.astype(np.int64), "float16": lambda a: a.astype(np.float16), "bool": lambda a: a > 0,
-        "transposed": lambda a: np.ascontiguousarray(a.T), "twice as long": lambda a: np.concatenate([a, a]),
-        "one shorter": lambda a: a[1:], "without elements": lambda a: a[:0], "with one axis more": lambda a: a[None],
-        "renamed": lambda a: a}  # fmt: skip
+    name = rng.choice(sorted(tensors))
     way = rng.choice(list(ways))
     tensor = tensors.pop(name)
+    becomes = f"{name}x" if way == "renamed" else name
     if way != "removed":
-        tensors[name + "x" * (way == "renamed")] = ways[way](tensor)
+        tensors[becomes] = ways[way](tensor)
     return f"tensor {name} {way}", save(tensors, {"format": "pt"})
 
 
@@ -326,7 +372,8 @@ def in_checkpoint(rng, data):
     import torch
 
     state = torch.load(io.BytesIO(data), weights_only=True)
-    values = [None, 0, -1, 10**30, "x", [], {}, math.nan, torch.zeros(3), torch.full((32,), math.nan)]
+    values = [None, 0, -1, 10**30, "x", [], {}, math.nan, torch.zeros(3),
+              torch.full((32,), math.nan)]
     top = rng.random() < 0.4  # among all nodes those of the optimizer would be nearly all
     holder, key, path = rng.choice([node for node in nodes(state) if node[0] is state or not top])
     removed, holder[key] = rng.random() < 0.2, rng.choice(values)
@@ -337,38 +384,55 @@ def in_checkpoint(rng, data):
     return what, file.getvalue()
 
 
-# valid, but not what anyone expects: a BEIR folder's rows, the lines of its qrels, the lines of a run as fields
+# valid, but not what anyone expects: a BEIR folder's rows, the lines of its qrels, the lines of a
+# run as fields
 ODD_ROWS = {
     "the first alone": lambda rows: rows[:1],
     "the first three": lambda rows: rows[:3],
     "none": lambda rows: [],
     "an empty id": lambda rows: [rows[0] | {"_id": ""}, *rows[1:]],
     "the last empty": lambda rows: [*rows[:-1], rows[-1] | {"text": ""}],
-    "the first of 200,000 words": lambda rows: [rows[0] | {"text": "kaba kador " * 100_000}, *rows[1:]],
-}
-for change in [*({"text": text} for text in (*ODD_TEXTS, "kaba kador", "\U0001f999 日本語", "kaba\r\n\0dor")),
-               {"title": None}, {"title": 7}, {"metadata": {"url": []}, "id": 3}]:
-    ODD_ROWS[f"all with {str(change)[:40]}"] = lambda rows, change=change: [row | change for row in rows]
+    "the first of 200,000 words": lambda rows: [rows[0] | {"text": "kaba kador " * 100_000},
+                                                *rows[1:]],
+}  # fmt: skip
+TEXTS = (*ODD_TEXTS, "kaba kador", "\U0001f999 日本語", "kaba\r\n\0dor")
+OTHERS = [{"title": None}, {"title": 7}, {"metadata": {"url": []}, "id": 3}]
+for change in [*({"text": text} for text in TEXTS), *OTHERS]:
+    ODD_ROWS[f"all with {str(change)[:40]}"] = lambda rows, change=change: [
+        row | change for row in rows
+    ]
 for odd in ODD_TEXTS:  # in the middle: what stands at an end is more easily lost
     ODD_ROWS[f"ids with {odd[:10]!r}"] = lambda rows, odd=odd: [
-        row | {"_id": row["_id"][0] + odd + row["_id"][1:]} for row in rows]
+        row | {"_id": row["_id"][0] + odd + row["_id"][1:]} for row in rows
+    ]
 ODD_GRADES = ["0", "-1", "2", "-2147483649", "2147483648", "4611686018427387904", "1.0"]
+
+
+def scored(lines, score):
+    """The lines with other scores: score(number of the line)."""
+    return [[*line[:4], score(i), line[5]] for i, line in enumerate(lines)]
+
+
 ODD_LINES = {
-    "all scores tied": lambda lines: [[*line[:4], "0.5", line[5]] for line in lines],
-    "all scores 1e300": lambda lines: [[*line[:4], "1e300", line[5]] for line in lines],
-    "all scores denormal": lambda lines: [[*line[:4], f"{i}e-320", line[5]] for i, line in enumerate(lines)],
+    "all scores tied": lambda lines: scored(lines, lambda i: "0.5"),
+    "all scores 1e300": lambda lines: scored(lines, lambda i: "1e300"),
+    "all scores denormal": lambda lines: scored(lines, lambda i: f"{i}e-320"),
     "one document a query": lambda lines: lines[::20],
     "two documents a query": lambda lines: [*lines[::20], *lines[1::20]],
     "one query": lambda lines: lines[:20],
     "one line": lambda lines: lines[:1],
-    "a document that is nowhere": lambda lines: [*lines, [*lines[0][:2], "nowhere", *lines[0][3:]]],
+    "a document that is nowhere": lambda lines: [
+        *lines, [*lines[0][:2], "nowhere", *lines[0][3:]]
+    ],
     "a query that is nowhere": lambda lines: [*lines, ["nowhere", *lines[0][1:]]],
-    "documents of all queries the same": lambda lines: [[*x[:2], f"d{i % 20}", *x[3:]] for i, x in enumerate(lines)],
+    "documents of all queries the same": lambda lines: [
+        [*line[:2], f"d{i % 20}", *line[3:]] for i, line in enumerate(lines)
+    ],
 }  # fmt: skip
 
 
 def odd_corpus(rng, folder: Path) -> str:
-    """Makes a BEIR folder odd, its qrels still of its queries (of none where they are renamed); says how."""
+    """Makes a BEIR folder odd, its qrels still of its queries (none where renamed); says how."""
     if rng.random() < 0.2:
         grade = rng.choice(ODD_GRADES)
         for path in folder.glob("qrels/*.tsv"):
@@ -378,7 +442,8 @@ def odd_corpus(rng, folder: Path) -> str:
     path = folder / f"{part}.jsonl"
     rows = ODD_ROWS[what]([json.loads(line) for line in path.read_text().splitlines()])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    known = [json.loads(line)["_id"] for line in (folder / "queries.jsonl").read_text().splitlines()]
+    known = [json.loads(line)["_id"]
+             for line in (folder / "queries.jsonl").read_text().splitlines()]
     for path in folder.glob("qrels/*.tsv"):
         header, *lines = path.read_text().splitlines()
         lines = [line for line in lines if line.split("\t")[0] in known]
@@ -392,8 +457,15 @@ def odd_run(rng, data):
     return what, "".join(" ".join(line) + "\n" for line in lines).encode()
 
 
-WAYS = {".jsonl": [in_json_lines], ".json": [in_json], ".safetensors": [in_tensors], ".pt": [in_checkpoint],
-        ".run": [in_columns, odd_run], ".tsv": [in_columns], ".qrels": [in_columns], ".txt": [in_columns]}
+WAYS = {".jsonl": [in_json_lines], ".json": [in_json], ".safetensors": [in_tensors],
+        ".pt": [in_checkpoint], ".run": [in_columns, odd_run], ".tsv": [in_columns],
+        ".qrels": [in_columns], ".txt": [in_columns]}
+
+
+def zstd(data) -> bytes:
+    import pyarrow as pa
+
+    return pa.compress(data, "zstd", asbytes=True)
 
 
 def damage(rng, path: Path) -> str:
@@ -410,10 +482,11 @@ def damage(rng, path: Path) -> str:
     if path.suffix in (".gz", ".zst") and rng.random() < 0.7:
         import pyarrow as pa
 
-        codec, name = {".gz": "gzip", ".zst": "zstd"}[path.suffix], path.with_suffix("")
+        name = path.with_suffix("")
+        codec, pack = {".gz": ("gzip", gzip.compress), ".zst": ("zstd", zstd)}[path.suffix]
         data = pa.CompressedInputStream(pa.BufferReader(data), codec).read()
-        pack = lambda data: pa.compress(data, codec, asbytes=True) if codec == "zstd" else gzip.compress(data)  # noqa: E731
-    own = WAYS.get(name.suffix, [in_columns] if re.search(r"\.(part|scores)-", name.name) else [])
+    part = re.search(r"\.(part|scores)-", name.name)
+    own = WAYS.get(name.suffix, [in_columns] if part else [])
     what, data = rng.choice([in_bytes, *own * 2])(rng, data)
     path.write_bytes(pack(data))
     return what
@@ -425,20 +498,21 @@ FLAGS = {
                "dtype device long-docs first-stage nonsense"),
     "evaluate": ("digits top seed", "dataset qrels plot per-query runs baseline",
                  "measures test format plot-kind suite compare"),
-    "cross-encoder": ("depth max-tokens query-length doc-length seed", "model dataset run triples out",
-                      "dtype normalize first-stage"),
+    "cross-encoder": ("depth max-tokens query-length doc-length seed",
+                      "model dataset run triples out", "dtype normalize first-stage"),
     "listwise": ("depth window stride passage-words batch-size concurrency timeout seed",
                  "model dataset run out endpoint", "prompt retries answer-tokens dtype"),
     "pointwise": ("depth max-tokens query-length doc-length seed", "model dataset run out",
                   "template answers instruction dtype"),
-    "train": ("depth list-size batch-size lr warmup weight-decay clip eval-every eval-depth eval-queries save-every "
-              "seed max-tokens query-length doc-length max-teacher-margin",
+    "train": ("depth list-size batch-size lr warmup weight-decay clip eval-every eval-depth "
+              "eval-queries save-every seed max-tokens query-length doc-length max-teacher-margin",
               "backbone dataset lists triples out eval-dataset",
               "loss negatives log eval-measure budget steps workers"),
 }
-ODD_PATHS = ["", ".", "..", "no/such", "é/日本", "\udcff", "x" * 300, "-", "case.json", "a\nb", "~", "*", " "]
-ODD_WORDS = ["", " ", "x", "é", "\udcff", "0", "-1", "nan", "a\nb", "yes no", "nDCG@0", "nDCG@99999999999", "P_5",
-             "num_q", "AP(rel=0)", "set_F.1e400", "nDCG@" + "9" * 5000]
+ODD_PATHS = ["", ".", "..", "no/such", "é/日本", "\udcff", "x" * 300, "-", "case.json", "a\nb", "~",
+             "*", " "]
+ODD_WORDS = ["", " ", "x", "é", "\udcff", "0", "-1", "nan", "a\nb", "yes no", "nDCG@0",
+             "nDCG@99999999999", "P_5", "num_q", "AP(rel=0)", "set_F.1e400", "nDCG@" + "9" * 5000]
 
 
 def odd_flag(rng, argv: list[str]) -> str:
@@ -452,23 +526,27 @@ def odd_flag(rng, argv: list[str]) -> str:
         argv += ["--out", argv[at], "--overwrite"]
         return "--out is --run"
     which = rng.choice([0, 0, 1, 2])
-    flag, value = rng.choice(FLAGS[kind][which].split()), rng.choice([ODD_NUMBERS, ODD_PATHS, ODD_WORDS][which])
+    flag = rng.choice(FLAGS[kind][which].split())
+    value = rng.choice([ODD_NUMBERS, ODD_PATHS, ODD_WORDS][which])
     argv.append(f"--{flag}={value}")
     return f"--{flag}={value[:24]!r}"
 
 
-# ------------------------------------------------------------------------------------------------- the fake server
+# ---------------------------------------------------------------------------------- the fake server
 
 
 def completion(text="[2] > [1] > [3] > [4] > [5] > [6]") -> bytes:
     choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 9}}).encode()
+    usage = {"prompt_tokens": 9, "completion_tokens": 9}
+    return json.dumps({"choices": [choice], "usage": usage}).encode()
 
 
 def odd_answer(rng):
     """(what is wrong, the body that the server sends)"""
-    text = rng.choice([*ODD_TEXTS, "[1] > [1]", "[7]", f"[{'9' * 5000}]", "[１] > [٢]", "</think>", "[2]>" * 100_000])
-    ways = [lambda rng, body: (f"the text {text[:20]!r}", completion(text)), in_json, in_json, in_bytes]
+    text = rng.choice([*ODD_TEXTS, "[1] > [1]", "[7]", f"[{'9' * 5000}]", "[１] > [٢]", "</think>",
+                       "[2]>" * 100_000])
+    ways = [lambda rng, body: (f"the text {text[:20]!r}", completion(text)), in_json, in_json,
+            in_bytes]
     return rng.choice(ways)(rng, completion())
 
 
@@ -492,7 +570,7 @@ def serve(body: bytes) -> str:
     return f"http://127.0.0.1:{server.server_port}/v1"
 
 
-# -------------------------------------------------------------------------------------------------------- a case
+# ------------------------------------------------------------------------------------------- a case
 
 
 def command_line(number: int, world: Path, changed: str = "") -> list[str]:
@@ -506,7 +584,10 @@ def command_line(number: int, world: Path, changed: str = "") -> list[str]:
 
 
 def prepare(seed: int, number: int, world: Path) -> tuple[list[str], str, bytes]:
-    """(argv, the mutation in words, what the server answers) of a case; puts its files into the current folder."""
+    """(argv, the mutation in words, what the server answers) of a case.
+
+    Puts its files into the current folder.
+    """
     rng, own, body = random.Random(f"{seed} {number}"), number % len(COMMANDS), completion()
     state = world / "states" / str(own)
     if state.is_dir():
@@ -515,7 +596,8 @@ def prepare(seed: int, number: int, world: Path) -> tuple[list[str], str, bytes]
         return command_line(own, world), "nothing changed", body
     left = sorted(path for path in Path().rglob("*") if path.is_file())
     names = sorted({name.split("/")[0] for name in re.findall(r"{([^}]+)}", COMMANDS[own].words)})
-    name = rng.choice(["a flag", *names, *["what is left"] * (3 * bool(left))])
+    more = ["what is left"] * 3 if left else []
+    name = rng.choice(["a flag", *names, *more])
     argv = command_line(own, world, name)
     if name == "a flag":
         return argv, odd_flag(rng, argv), body
@@ -537,26 +619,24 @@ def prepare(seed: int, number: int, world: Path) -> tuple[list[str], str, bytes]
 
 def run_script(argv: list[str], body: bytes) -> int:
     """The exit code of the script argv[0] run in this process."""
-    import evaluate
+    from data.command import guarded
 
     if "endpoint" in argv:
         argv = [serve(body) if word == "endpoint" else word for word in argv]
     sys.argv = argv
     try:
-        return evaluate.guarded(sys.modules[argv[0].removesuffix(".py")].main)
+        return guarded(sys.modules[argv[0].removesuffix(".py")].main)
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else 1
 
 
 def unfit(argv: list[str], printed: str) -> str | None:
     """What is wrong with the output of a command that said 0."""
-    import evaluate
-    import rerank
-    import teacher
-    from kernels.encoder import CrossEncoder
-
-    given = dict(zip(argv, argv[1:], strict=False)) | dict(word.split("=", 1) for word in argv if "=" in word)
+    given = dict(zip(argv, argv[1:], strict=False))
+    given |= dict(word.split("=", 1) for word in argv if "=" in word)
     out, source, triples, plot = map(given.get, ("--out", "--run", "--triples", "--plot"))
+    if argv[0] == "train.py":
+        return unfit_folder(Path(out))
     if argv[0] == "evaluate.py":
         if plot and not Path(plot).read_bytes().startswith(b"\x89PNG"):
             return f"{plot} is no picture"
@@ -564,34 +644,52 @@ def unfit(argv: list[str], printed: str) -> str | None:
             json.loads(printed)
         if re.search(r"[|&,] *\**-?nan\b", printed):
             return "a table with NaN"
-    if argv[0] == "train.py":
-        CrossEncoder.from_pretrained(out, device="cpu")
-        rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-        return None if rows and (Path(out) / "README.md").is_file() else "no log, or no README.md"
     if out is None or argv[0] == "evaluate.py":
         return None if printed.strip() else "printed nothing"
     if triples:
-        queries = rerank.Texts(given["--dataset"]).all_queries
-        before, got = ([row[1:] for row in teacher.triples(path, queries)] for path in (triples, out))
-        return None if got == before else f"{len(got)} triples of {len(before)}"
-    got = evaluate.read_run(out)
-    if source and source != out and "--skip-missing" not in argv:
-        depth = int(given.get("--depth", 1000))
-        for qid, ranked in evaluate.read_run(source).items():
-            if len(got.get(qid, ())) != min(depth, len(ranked)) or not got[qid].keys() <= ranked.keys():
-                return f"query {qid!r} has other documents than in {source}"
+        return unfit_triples(out, triples, given["--dataset"])
+    return unfit_run(out, source, int(given.get("--depth", 1000)), "--skip-missing" in argv)
+
+
+def unfit_folder(out: Path) -> str | None:
+    from kernels.encoder import CrossEncoder
+
+    CrossEncoder.from_pretrained(out, device="cpu")
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return None if rows and (out / "README.md").is_file() else "no log, or no README.md"
+
+
+def unfit_triples(out: str, source: str, dataset: str) -> str | None:
+    from data.texts import Texts
+    from data.triples import TripleFile
+
+    texts = Texts(dataset)
+    before, got = (list(TripleFile(Path(path), texts)) for path in (source, out))
+    return None if got == before else f"{len(got)} triples of {len(before)}"
+
+
+def unfit_run(out: str, source: str | None, depth: int, may_lack: bool) -> str | None:
+    from data.runs import read_run
+
+    got = read_run(out)
+    if source in (None, out) or may_lack:
+        return None
+    for qid, ranked in read_run(source).items():
+        there = got.get(qid, {})
+        if len(there) != min(depth, len(ranked)) or not there.keys() <= ranked.keys():
+            return f"query {qid!r} has other documents than in {source}"
     return None
 
 
 def left_over(argv: list[str], before: set[str]) -> str | None:
-    """What should not be there behind a command that said 2: its output, or parts of one that nothing goes on from."""
+    """What should not be there behind a command that said 2: output, or parts of no further use."""
     fresh = {str(path) for path in Path().iterdir()} - before
     stray = [name for name in fresh if name[0] == "." or name.endswith(".tmp") or name in OUTPUTS]
     return f"left {', '.join(sorted(stray))} behind" if stray else None
 
 
 def play(seed: int, number: int, world: Path) -> int:
-    """Runs a case in the current folder; stdout, stderr and what it was, case.json, stay there."""
+    """Runs a case in the current folder; stdout, stderr and case.json, what it was, stay there."""
     argv, what, body = prepare(seed, number, world)
     Path("case.json").write_text(json.dumps([shlex.join(argv), what]))
     before = {str(path) for path in Path().iterdir()} | {"stdout", "stderr"}
@@ -614,7 +712,10 @@ def play(seed: int, number: int, world: Path) -> int:
 
 
 def verdict(status: int | None, stderr: str, unchanged: bool = False) -> str | None:
-    """What is wrong with a case, or None. status: as of os.waitstatus_to_exitcode; None: it had to be killed."""
+    """What is wrong with a case, or None.
+
+    status: as of os.waitstatus_to_exitcode; None: it had to be killed.
+    """
     lines = stderr.rstrip("\n").split("\n")
     if status is None:
         return f"did not end in {SECONDS} s"
@@ -622,9 +723,11 @@ def verdict(status: int | None, stderr: str, unchanged: bool = False) -> str | N
         return f"killed by {signal.Signals(-status).name}"
     if "Traceback (most recent call last)" in stderr:
         ours = re.findall(rf'File "{re.escape(str(ROOT))}/((?!tests/)\S+)", line (\d+)', stderr)
+        where = ":".join(ours[-1]) if ours else "not in our files"
         behind = stderr[stderr.rindex('\n  File "') :].split("\n")[2:]
-        name, _, message = next((line for line in behind if line[:1].strip()), lines[-1]).partition(": ")
-        return f"{name} ({':'.join(ours[-1]) if ours else 'not in our files'}): {message[:200]}"
+        said = next((line for line in behind if line[:1].strip()), lines[-1])
+        name, _, message = said.partition(": ")
+        return f"{name} ({where}): {message[:200]}"
     if status == UNFIT:
         return lines[-1][:200]
     if status not in (0, 2) or unchanged and status:
@@ -634,7 +737,7 @@ def verdict(status: int | None, stderr: str, unchanged: bool = False) -> str | N
     return None
 
 
-# ---------------------------------------------------------------------------------------------- the fork server
+# ---------------------------------------------------------------------------------- the fork server
 
 
 def imports() -> None:
@@ -650,20 +753,23 @@ def imports() -> None:
     import pytrec_eval  # noqa: F401
     import scipy.stats  # noqa: F401
     import Stemmer  # noqa: F401
-    import test_teacher  # noqa: F401
-    import toy  # noqa: F401
 
     import kernels.tiny  # noqa: F401
-    import rerank
     import teacher
+    import teaching  # noqa: F401
+    import toy  # noqa: F401
     import train  # noqa: F401
+    from data.parts import blocks_of
 
-    rerank.blocks_of.__defaults__ = (60,)  # more than one block of a run of 240 pairs
+    blocks_of.__defaults__ = (60,)  # more than one block of a run of 240 pairs
     teacher.Endpoint.first_pause = 0.01
 
 
 def fork(folder: Path, work) -> int:
-    """The id of a child that does work() in `folder` under LIMITS and ends with its result, or 1 and a traceback."""
+    """The id of a child that does work() in `folder` under LIMITS.
+
+    It ends with work's result, or with 1 and a traceback.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child:
@@ -676,7 +782,8 @@ def fork(folder: Path, work) -> int:
             resource.setrlimit(limit, (value, value))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         code = work() or 0
-        threading._shutdown()  # as at the end of any Python: waits for threads, and may wait for ever
+        # as at the end of any Python: waits for threads, and may wait for ever
+        threading._shutdown()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -685,7 +792,10 @@ def fork(folder: Path, work) -> int:
 
 
 def wait_for(running: dict, seconds: float = SECONDS) -> tuple[int, int | None]:
-    """(child, status) of the first of {child: when it began} to end, or to be killed after so many seconds (None)."""
+    """(child, status) of the first of {child: when it began} to end.
+
+    After so many seconds a child is killed, and its status is None.
+    """
     while True:
         for child, begun in running.items():
             late = time.monotonic() - begun > seconds
@@ -694,32 +804,37 @@ def wait_for(running: dict, seconds: float = SECONDS) -> tuple[int, int | None]:
             ended, status = os.waitpid(child, 0 if late else os.WNOHANG)
             if ended:
                 del running[child]
-                try:
+                with suppress(ProcessLookupError):
                     os.killpg(child, signal.SIGKILL)  # what it started
-                except ProcessLookupError:
-                    pass
                 return child, None if late else os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
 
 
 def prepared(folder: Path) -> Path:
     """The valid inputs, under `folder`, with a cache of their own; everything imported."""
-    os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "IR_DATASETS_HOME": str(folder / "irds"), "no_proxy": "*",
-                   "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"),
+                   "IR_DATASETS_HOME": str(folder / "irds"), "no_proxy": "*",
+                   "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1",
+                   "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
+                   "CUDA_VISIBLE_DEVICES": ""}
     os.environ.pop("OPENAI_API_KEY", None)
     imports()
     gc.freeze()
-    world, states = folder / "world", [number for number, command in enumerate(COMMANDS) if command.stops]
-    for work in [lambda: build(world), *(partial(leave_behind, world, number) for number in states)]:
+    world = folder / "world"
+    states = [number for number, command in enumerate(COMMANDS) if command.stops]
+    for work in [partial(build, world), *(partial(leave_behind, world, n) for n in states)]:
         child = fork(world, work)
         if wait_for({child: time.monotonic()})[1]:
             raise SystemExit("the valid inputs could not be made")
     return world
 
 
+def read_if_there(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
 def run_cases(seed: int, numbers, folder: Path, jobs: int, keep: bool = False):
-    """Yields (number, command line, mutation, what is wrong or None, seconds) of each case, as they end."""
+    """Yields (number, command line, mutation, what is wrong or None, seconds), as cases end."""
     world, numbers = prepared(folder), iter(numbers)
     running, cases = {}, {}
     while True:
@@ -731,31 +846,35 @@ def run_cases(seed: int, numbers, folder: Path, jobs: int, keep: bool = False):
         child, status = wait_for(running)
         number, begun = cases.pop(child)
         here = folder / str(number)
-        noted = {name: (here / name).read_text(errors="replace") if (here / name).exists() else "" for name in
-                 ("case.json", "stderr")}
-        line, what = json.loads(noted["case.json"] or '["?", "?"]')
-        wrong = verdict(status, noted["stderr"], number < len(COMMANDS))
+        case, stderr = (read_if_there(here / name) for name in ("case.json", "stderr"))
+        line, what = json.loads(case or '["?", "?"]')
+        wrong = verdict(status, stderr, number < len(COMMANDS))
         if wrong is None and not keep:
             shutil.rmtree(here)
         yield number, line, what, wrong, time.monotonic() - begun
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--case", type=int, help="this one alone; its folder is kept")
     parser.add_argument("--folder", type=Path, help="made anew (default: a temporary one)")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # command lines may hold bytes that are no text
+    # command lines may hold bytes that are no text
+    sys.stdout.reconfigure(errors="backslashreplace")
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="mutations-"))).resolve()
     numbers = range(args.cases) if args.case is None else [args.case]
     kinds, begun, done = defaultdict(list), time.monotonic(), 0
-    for number, line, what, wrong, seconds in run_cases(args.seed, numbers, folder, args.jobs, args.case is not None):
+    alone = args.case is not None
+    cases = run_cases(args.seed, numbers, folder, args.jobs, keep=alone)
+    for number, line, what, wrong, seconds in cases:
         done += 1
-        if args.case is not None:
-            print(f"{line}\n{what}\n{wrong or 'as it should be'}, {seconds:.1f} s, in {folder / str(number)}")
+        if alone:
+            ending = wrong or "as it should be"
+            print(f"{line}\n{what}\n{ending}, {seconds:.1f} s, in {folder / str(number)}")
         if wrong:
             kinds[wrong.partition(": ")[0]].append((number, line, what, wrong))
     for kind, bad in sorted(kinds.items(), key=lambda item: -len(item[1])):
@@ -763,7 +882,8 @@ def main() -> int:
         for number, line, what, wrong in bad:
             print(f"  case {number}: {what}\n    {wrong}\n    {line[:300]}")
     failed = sum(map(len, kinds.values()))
-    print(f"\n{done} cases of seed {args.seed} in {time.monotonic() - begun:.0f} s, {failed} bad; {folder}")
+    print(f"\n{done} cases of seed {args.seed} in {time.monotonic() - begun:.0f} s, {failed} bad; "
+          f"{folder}")
     return 1 if failed else 0
 
 

@@ -1,28 +1,28 @@
-"""What only a card can show: the whole encoder and train.py's step on it. `pytest -m gpu` runs these
-and the kernels' own tests there; without a card they are skipped.
+"""What only a card can show: the whole encoder and train.py's step on it. `pytest -m gpu` runs
+these and the kernels' own tests there; without a card they are skipped.
 """
 
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+
+from bench.step import batch_of, positive_first, step_of
+from kernels.attention import dropout_from
+from kernels.step import NonFiniteStep
 from test_encoder import SIDES, build, padded_logits, random_sides
 
-import train
-from kernels.attention import dropout_from
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")]
-FAMILIES = ["bert", "roberta", "electra-projected", "modernbert", "modernbert-mean", "modernbert-last-local",
-            "deberta", "deberta-c2p"]  # fmt: skip
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
+                                                  reason="needs a card")]
+FAMILIES = ["bert", "roberta", "electra-projected", "modernbert", "modernbert-mean",
+            "modernbert-last-local", "deberta", "deberta-c2p"]  # fmt: skip
 
 
 def padded_on_the_card(encoder, sides):
     """Hugging Face's logits in fp32, products without TF32."""
     tokenizer = encoder.tokenizer
-    texts = [[" ".join(tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in side] for side in sides]
+    texts = [[" ".join(tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in side]
+             for side in sides]
     batch = tokenizer(*texts, padding=True, return_tensors="pt").to("cuda")
     return encoder.model(**batch).logits.squeeze(-1)
 
@@ -62,9 +62,9 @@ def test_bf16_on_the_card(name, back_end, monkeypatch):
     encoder.train()
 
     def run(seed, gradient):
-        with torch.set_grad_enabled(gradient), dropout_from(seed, encoder.device):
-            with torch.autocast("cuda", torch.bfloat16):
-                return encoder(packed)
+        cast = torch.autocast("cuda", torch.bfloat16)
+        with torch.set_grad_enabled(gradient), dropout_from(seed, encoder.device), cast:
+            return encoder(packed)
 
     first = run(3, False)
     assert torch.equal(first, run(3, True)) and not torch.allclose(first, run(4, False), atol=1e-3)
@@ -74,13 +74,8 @@ def test_bf16_on_the_card(name, back_end, monkeypatch):
 
 def step_and_batch(loss="infonce"):
     encoder = build("bert", dropout=0.1).cuda().train()
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    args = SimpleNamespace(max_tokens=None, dtype="bfloat16", seed=1, lr=1e-3, warmup=0, steps=10**6, clip=1.0,
-                           out=Path("nowhere"))  # fmt: skip
-    queries, documents = random_sides([(3, 5 + i) for i in range(16)])
-    batch = {"qids": ["a", "b"], "own": torch.arange(16), "lengths": torch.full((2,), 8), "queries": queries,
-             "targets": F.one_hot(torch.zeros(2, dtype=torch.int64), 8).float(), "documents": documents}
-    return train.Step(encoder, loss, optimizer, args, 0, 1), batch
+    batch = batch_of(*random_sides([(3, 5 + i) for i in range(16)]), positive_first(2, 8))
+    return step_of(encoder, loss, "bfloat16", lr=1e-3), batch
 
 
 @pytest.mark.parametrize("loss", ["infonce", "ranknet"])
@@ -101,10 +96,11 @@ def test_the_card_itself_leaves_the_weights_where_a_loss_is_not_finite():
     step, batch = step_and_batch()
     step(0, batch)
     step.flush()
-    before, loss = [p.detach().clone() for p in step.parameters], step.loss
-    step.loss = lambda *how: loss(*how) * math.inf
+    gradient = step.gradient
+    before, loss = [p.detach().clone() for p in gradient.parameters], gradient.loss
+    gradient.loss = lambda *lists: loss(*lists) * math.inf
     step(1, batch)
-    step.loss = loss
-    with pytest.raises(train.BadInput, match="step 2: .*queries a, b"):
+    gradient.loss = loss
+    with pytest.raises(NonFiniteStep, match="step 2: .*queries q0, q1"):
         step(2, batch)
-    assert all(map(torch.equal, before, step.parameters))
+    assert all(map(torch.equal, before, gradient.parameters))

@@ -1,7 +1,7 @@
-"""kernels.flash against attention written out in float64, and against Hugging Face's eager DeBERTa-v2
-attention.
+"""kernels.flash against attention in float64 and Hugging Face's eager DeBERTa-v2 attention.
 
-Without a GPU the kernels run in Triton's interpreter; `pytest -m gpu` on a card runs the same tests there.
+Without a GPU the kernels run in Triton's interpreter; `pytest -m gpu` on a card runs the same tests
+there.
 """
 
 import contextlib
@@ -17,22 +17,26 @@ from kernels import flash
 from kernels.flash import flash_varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+SLOW = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
 def bfloat16_products(monkeypatch):
-    """Triton 3.9's interpreter multiplies the bit patterns of bf16 matrices; multiply the numbers instead."""
+    """Triton 3.9's interpreter multiplies the bit patterns of bf16 matrices: take the numbers."""
     if DEVICE == "cuda":
         return
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def values(x):
-        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+        if x.dtype.scalar != tl.bfloat16:
+            return x.data
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        return TensorHandle(np.matmul(values(a), values(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+        product = np.matmul(values(a), values(b), dtype=d.data.dtype)
+        return TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
@@ -41,13 +45,17 @@ def offsets(lengths):
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=DEVICE)
 
 
-def attention(q, k, v, lengths_q, lengths_k, scale, window=None, c2p=None, p2c=None, lut=None, z=None):
-    """The formulas at the top of kernels/flash.py, one sequence at a time, in the dtype of q. z: [tokens_q,
-    heads, longest]."""
+def attention(q, k, v, lengths_q, lengths_k, scale, window=None, c2p=None, p2c=None, lut=None,
+              z=None):
+    """The formulas at the top of kernels/flash.py, one sequence at a time, in the dtype of q.
+
+    z: [tokens_q, heads, longest]
+    """
     outs, a, b = [], 0, 0
     for n, m in zip(lengths_q, lengths_k, strict=True):
         s = torch.einsum("rhd,chd->hrc", q[a : a + n], k[b : b + m])
-        delta = torch.arange(n, device=q.device)[:, None] - torch.arange(m, device=q.device)[None, :]
+        rows, columns = (torch.arange(length, device=q.device) for length in (n, m))
+        delta = rows[:, None] - columns[None, :]
         if c2p is not None:
             slot = lut.long()[delta + (len(lut) - 1) // 2].expand(s.shape)
             s = s + c2p[a : a + n].transpose(0, 1).gather(2, slot)
@@ -64,7 +72,7 @@ def attention(q, k, v, lengths_q, lengths_k, scale, window=None, c2p=None, p2c=N
 
 
 def inputs(lengths_q, lengths_k, d, heads=2, dtype=torch.float32, slots=0, seed=0):
-    """Leaves q, k, v (and tables) and the gradient of the output; k and v are slices of one product."""
+    """Leaves q, k, v (and tables), the gradient of the output; k and v slices of one product."""
     g = torch.Generator().manual_seed(seed)
     nq, nk = sum(lengths_q), sum(lengths_k)
 
@@ -77,9 +85,12 @@ def inputs(lengths_q, lengths_k, d, heads=2, dtype=torch.float32, slots=0, seed=
     return [x.detach().requires_grad_() for x in leaves], normal(nq, heads, d)
 
 
-def check(leaves, dout, lengths_q, lengths_k, tolerance=1e-5, scale=None, z=None, lut=None, window=None, **flags):
-    """Output and all gradients against float64, relative to the largest element of each. Returns (out,
-    gradients)."""
+def check(leaves, dout, lengths_q, lengths_k, tolerance=1e-5, scale=None, z=None, lut=None,
+          window=None, **flags):
+    """Output and all gradients against float64, relative to the largest element of each.
+
+    Returns (out, gradients).
+    """
     names = ["q", "k", "v", "c2p", "p2c"][: len(leaves)]
     tables = dict(zip(names[3:], leaves[3:], strict=True)) | ({} if lut is None else {"lut": lut})
     out = flash_varlen(
@@ -107,14 +118,14 @@ def log_buckets(longest, slots=512):
     return (bucket + slots // 2).clamp(0, slots - 1).int().to(DEVICE)
 
 
-@pytest.mark.parametrize("d", [32, 64, 96, 128])
+@pytest.mark.parametrize("d", [64, 96, pytest.param(32, marks=SLOW), pytest.param(128, marks=SLOW)])
 def test_head_dimensions(d):
-    lengths = [1, 0, 7, 65, 100, 0]
+    lengths = [1, 0, 7, 65, 0]
     check(*inputs(lengths, lengths, d), lengths, lengths)
 
 
-def test_lengths_1_to_600():
-    lengths = [600, 1, 33, 257, 2, 31, 32, 128, 63]
+def test_lengths_on_both_sides_of_a_tile():
+    lengths = [130, 1, 33, 2, 31, 32, 65, 64, 63]
     check(*inputs(lengths, lengths, 32, heads=1), lengths, lengths)
 
 
@@ -123,9 +134,9 @@ def test_other_head_dimensions_and_scale():
     check(*inputs(lengths, lengths, 24), lengths, lengths, scale=0.7)
 
 
-@pytest.mark.parametrize("window", [0, 5, 64])
+@pytest.mark.parametrize("window", [0, 64])
 def test_window_is_inclusive(window):
-    lengths = [1, 64, 200, 129]
+    lengths = [1, 64, 130]
     check(*inputs(lengths, lengths, 32, heads=1), lengths, lengths, window=window)
 
 
@@ -141,7 +152,7 @@ def test_window_64_lets_exactly_129_keys_in():
 
 
 def test_cls_only_queries():
-    lengths = [1, 90, 200, 17, 64]
+    lengths = [1, 90, 17, 64]
     ones = [1] * len(lengths)
     leaves, dout = inputs(lengths, lengths, 64, heads=1)
     everything, _ = check(leaves, dout, lengths, lengths)
@@ -171,12 +182,14 @@ def test_large_scores_stay_finite():
     assert all(torch.isfinite(x).all() for x in (out, *gradients))
 
 
-# ------------------------------------------------------------------------------------------------ dropout
+# ------------------------------------------------------------------------------------------ dropout
 
 
 def philox(counter, key):
-    """Philox-4x32-10 (Salmon et al. 2011), written from the paper. counter: four uint64 arrays below 2^32;
-    key: 64 bits."""
+    """Philox-4x32-10 (Salmon et al. 2011), written from the paper.
+
+    counter: four uint64 arrays below 2^32. key: 64 bits.
+    """
     c, k0, k1 = list(np.broadcast_arrays(*counter)), key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(10):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
@@ -198,19 +211,20 @@ def dropout_factors(tokens, heads, longest, p, seed, site=0):
 
 def test_philox_of_this_test_gives_the_published_words():
     zero = np.zeros(1, np.uint64)
-    assert [int(w[0]) for w in philox([zero] * 4, 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    published = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(word[0]) for word in philox([zero] * 4, 0)] == published
 
 
 @pytest.mark.parametrize("p, seed, site, window", [(0.1, 1, 0, None), (0.5, 2**40 + 7, 11, 20)])
 def test_dropout_forward_and_gradients(p, seed, site, window):
-    lengths = [1, 33, 100, 0]
+    lengths = [1, 40, 0]
     leaves, dout = inputs(lengths, lengths, 32)
     z = dropout_factors(sum(lengths), 2, max(lengths), p, seed, site)
     flags = dict(dropout=p, seed=seed, site=site, window=window)
     out, _ = check(leaves, dout, lengths, lengths, z=z, **flags)
     cu = offsets(lengths)
     again, *others = (
-        flash_varlen(*leaves, cu, cu, 100, 100, **(flags | change))
+        flash_varlen(*leaves, cu, cu, 40, 40, **(flags | change))
         for change in ({}, dict(seed=seed + 1), dict(site=site + 1))
     )
     assert torch.equal(out, again)
@@ -219,12 +233,12 @@ def test_dropout_forward_and_gradients(p, seed, site, window):
 
 def test_the_kernels_read_a_seed_on_the_device():
     """Whatever it holds as they run, both ways: what a captured CUDA graph needs."""
-    lengths = [33, 20]
+    lengths = [20, 3]
     leaves, dout = inputs(lengths, lengths, 32)
     cu, seed = offsets(lengths), torch.tensor([5], device=DEVICE)
 
     def run(seed):
-        out = flash_varlen(*leaves, cu, cu, 33, 33, dropout=0.3, seed=seed, site=2)
+        out = flash_varlen(*leaves, cu, cu, 20, 20, dropout=0.3, seed=seed, site=2)
         return [out, *torch.autograd.grad(out, leaves, dout)]
 
     first, changed, back = run(seed), run(seed.fill_(2**33 + 5)), run(seed.fill_(5))
@@ -234,45 +248,50 @@ def test_the_kernels_read_a_seed_on_the_device():
 
 
 def test_dropout_mask_does_not_depend_on_the_tiles():
-    """Sixteen query rows go through smaller tiles than sixty-four; the mask is that of the same packed
-    rows."""
+    """Sixteen query rows go through smaller tiles than sixty-four, by the same rows' mask."""
     leaves, _ = inputs([64], [64], 32)
-    long = flash_varlen(*leaves, offsets([64]), offsets([64]), 64, 64, dropout=0.3, seed=5)
-    short = flash_varlen(leaves[0][:16], *leaves[1:], offsets([16]), offsets([64]), 16, 64, dropout=0.3, seed=5)
+    q, k, v = leaves
+    few, all_of_them = offsets([16]), offsets([64])
+    long = flash_varlen(q, k, v, all_of_them, all_of_them, 64, 64, dropout=0.3, seed=5)
+    short = flash_varlen(q[:16], k, v, few, all_of_them, 16, 64, dropout=0.3, seed=5)
     assert torch.allclose(long[:16], short, atol=1e-6)
 
 
 def test_dropout_rate_and_mean():
     z = dropout_factors(512, 4, 512, 0.1, 3)
-    assert abs((z == 0).double().mean().item() - 0.1) < 0.0015  # 5 standard deviations of 2^20 draws
+    five_deviations = 0.0015  # of 2^20 draws
+    assert abs((z == 0).double().mean().item() - 0.1) < five_deviations
     ones, zeros = torch.ones(64, 1, 32, device=DEVICE), torch.zeros(64, 1, 32, device=DEVICE)
-    out = flash_varlen(zeros, zeros, ones, offsets([64]), offsets([64]), 64, 64, dropout=0.5, seed=11)
-    assert abs(out[:, :, 0].mean().item() - 1.0) < 5 / 64  # mean of Z: 5 standard deviations of 4,096 draws
+    cu = offsets([64])
+    out = flash_varlen(zeros, zeros, ones, cu, cu, 64, 64, dropout=0.5, seed=11)
+    five_deviations = 5 / 64  # of the mean of 4,096 draws
+    assert abs(out[:, :, 0].mean().item() - 1.0) < five_deviations
 
 
-# ------------------------------------------------------------------------------------------------ DeBERTa
+# ------------------------------------------------------------------------------------------ DeBERTa
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_disentangled_bias(deterministic):
     """Few slots, so that many keys of a row share one; dropout too."""
-    lengths = [1, 40, 0, 100]
+    lengths = [1, 0, 50]
     leaves, dout = inputs(lengths, lengths, 32, slots=24)
-    lut = torch.arange(-149, 150, device=DEVICE).div(7, rounding_mode="floor").clamp(-12, 11).int() + 12
-    z = dropout_factors(sum(lengths), 2, 100, 0.2, 9)
+    delta = torch.arange(-149, 150, device=DEVICE)
+    lut = delta.div(7, rounding_mode="floor").clamp(-12, 11).int() + 12
+    z = dropout_factors(sum(lengths), 2, 50, 0.2, 9)
     flags = dict(lut=lut, scale=96**-0.5, dropout=0.2, seed=9, deterministic=deterministic)
     _, gradients = check(leaves, dout, lengths, lengths, z=z, **flags)
     if deterministic:
         cu = offsets(lengths)
-        out = flash_varlen(*leaves[:3], cu, cu, 100, 100, c2p=leaves[3], p2c=leaves[4], **flags)
+        out = flash_varlen(*leaves[:3], cu, cu, 50, 50, c2p=leaves[3], p2c=leaves[4], **flags)
         assert all(map(torch.equal, gradients, torch.autograd.grad(out, leaves, dout)))
 
 
 def test_disentangled_bias_in_any_order_of_slots():
-    """Slots that come back after others, as no log bucket does: the deterministic sums hold for those too."""
-    lengths = [100, 20]
+    """Slots that come back after others, as no log bucket does: the deterministic sums hold."""
+    lengths = [70, 20]
     leaves, dout = inputs(lengths, lengths, 32, heads=1, slots=5)
-    lut = (torch.arange(-99, 100, device=DEVICE) % 5).int()
+    lut = (torch.arange(-69, 70, device=DEVICE) % 5).int()
     check(leaves, dout, lengths, lengths, lut=lut, deterministic=True)
 
 
@@ -282,19 +301,18 @@ def test_disentangled_bias_cls_only():
     check(leaves, dout, [1, 1, 1], lengths, lut=log_buckets(200), scale=192**-0.5)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_against_hugging_face_deberta(deterministic):
-    """Packed, against eager DisentangledSelfAttention on each sequence alone: output and all gradients."""
+@pytest.mark.parametrize("lengths, deterministic", [([170, 1], True), ([150, 1, 33], False)])
+def test_against_hugging_face_deberta(lengths, deterministic):
+    """Output and all gradients, packed, against DisentangledSelfAttention on each sequence."""
     from transformers import DebertaV2Config
     from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
     torch.manual_seed(0)
-    lengths = [170, 1, 31] if deterministic else [600, 1, 90, 2, 33, 150]
-    config = DebertaV2Config(
-        hidden_size=64, num_attention_heads=1, relative_attention=True, position_buckets=256, max_relative_positions=-1,
-        max_position_embeddings=512, pos_att_type=["p2c", "c2p"], share_att_key=True,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    config = DebertaV2Config(hidden_size=64, num_attention_heads=1, relative_attention=True,
+                             position_buckets=256, max_relative_positions=-1,
+                             max_position_embeddings=512, pos_att_type=["p2c", "c2p"],
+                             share_att_key=True, hidden_dropout_prob=0.0,
+                             attention_probs_dropout_prob=0.0)  # fmt: skip
     layer = DisentangledSelfAttention(config).to(DEVICE)
     for name, parameter in layer.named_parameters():
         torch.nn.init.normal_(parameter, std=0.15 if name.endswith("weight") else 0.1)
@@ -303,78 +321,97 @@ def test_against_hugging_face_deberta(deterministic):
     dout = torch.randn(sum(lengths), 64, device=DEVICE)
 
     def products(x):
-        return [projection(x).view(-1, 1, 64) for projection in (layer.query_proj, layer.key_proj, layer.value_proj)]
+        return [projection(x).view(-1, 1, 64)
+                for projection in (layer.query_proj, layer.key_proj, layer.value_proj)]
 
     q, k, v = products(hidden)
     pos_q, pos_k, _ = products(rel)
     c2p, p2c = torch.einsum("rhd,shd->rhs", q, pos_k), torch.einsum("chd,shd->chs", k, pos_q)
     middle = (q, k, v, pos_q, pos_k)
     cu, longest = offsets(lengths), max(lengths)
-    got = flash_varlen(q, k, v, cu, cu, longest, longest, scale=192**-0.5, c2p=c2p, p2c=p2c, lut=log_buckets(longest),
-                       deterministic=deterministic)  # fmt: skip
+    got = flash_varlen(q, k, v, cu, cu, longest, longest, scale=192**-0.5, c2p=c2p, p2c=p2c,
+                       lut=log_buckets(longest), deterministic=deterministic)  # fmt: skip
     got = got.view(-1, 64)
     leaves = [hidden, rel, *layer.parameters()]
     gradients = torch.autograd.grad(got, [*leaves, *middle], dout)
 
-    seen = {"q": [], "k": [], "v": []}  # outputs of the three projections, in the order Hugging Face calls them
+    # outputs of the three projections, in the order Hugging Face calls them
+    seen = {"q": [], "k": [], "v": []}
     projections = {"q": layer.query_proj, "k": layer.key_proj, "v": layer.value_proj}
-    hooks = [p.register_forward_hook(lambda _m, _i, out, n=n: seen[n].append(out)) for n, p in projections.items()]
-    want = [layer(x[None], torch.ones(1, 1, len(x), len(x), device=DEVICE), rel_embeddings=rel)[0][0]
-            for x in hidden.split(lengths)]  # fmt: skip
-    for hook in hooks:
-        hook.remove()
+    for n, projection in projections.items():
+        projection.register_forward_hook(lambda _m, _i, out, n=n: seen[n].append(out))
+    want = []
+    for x in hidden.split(lengths):
+        mask = torch.ones(1, 1, len(x), len(x), device=DEVICE)
+        want.append(layer(x[None], mask, rel_embeddings=rel)[0][0])
     want = torch.cat(want)
     own = [x for n in "qkv" for x in seen[n]]
     wanted = torch.autograd.grad(want, [*leaves, *own], dout)
     wanted, own = wanted[: len(leaves)], dict(zip(map(id, own), wanted[len(leaves) :], strict=True))
 
     def joined(n, of_positions):
-        """Gradients of the n-projection's outputs: of the tokens (joined) or of the relative positions
-        (summed)."""
+        """Gradients of a projection's outputs: of the tokens, or (summed) of the positions."""
         parts = [own[id(x)][0] for x in seen[n] if (x.shape[1] == 512) == of_positions]
         return sum(parts) if of_positions else torch.cat(parts)
 
-    names = ["hidden", "rel", *(name for name, _ in layer.named_parameters()), "q", "k", "v", "pos_q", "pos_k"]
+    names = ["hidden", "rel", *(name for name, _ in layer.named_parameters()), "q", "k", "v",
+             "pos_q", "pos_k"]
     wanted = [*wanted, *(joined(n, False) for n in "qkv"), joined("q", True), joined("k", True)]
     for name, x, y in zip(["out", *names], [got, *gradients], [want, *wanted], strict=True):
         error, size = (x.reshape(y.shape) - y).abs().max().item(), max(1.0, y.abs().max().item())
         assert error <= 1e-5 * size, f"{name}: error {error:.2e} at values up to {size:.2e}"
 
 
-# ------------------------------------------------------------------------------------------------ precision and frame
+# ------------------------------------------------------------------------------ precision and frame
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["plain", "window", "bias"])
+@pytest.mark.parametrize(
+    "dtype, case",
+    [
+        (torch.bfloat16, "bias"),
+        (torch.float16, "window"),
+        pytest.param(torch.bfloat16, "plain", marks=SLOW),
+        pytest.param(torch.bfloat16, "window", marks=SLOW),
+        pytest.param(torch.float16, "plain", marks=SLOW),
+        pytest.param(torch.float16, "bias", marks=SLOW),
+    ],
+)
 def test_low_precision_rule(dtype, case):
-    """Errors against float64 of at most 2 (output) and 3 (gradients) times those of torch in the same
-    precision."""
-    lengths = [128, 90, 1, 200]
-    leaves, dout = inputs(lengths, lengths, 64, heads=1, dtype=dtype, slots=512 if case == "bias" else 0)
+    """Errors against float64 of at most 2 (output) and 3 (gradients) times those of torch."""
+    lengths = [128, 1, 90]
+    slots = 512 if case == "bias" else 0
+    leaves, dout = inputs(lengths, lengths, 64, heads=1, dtype=dtype, slots=slots)
     flags = dict(window=20) if case == "window" else {}
     tables = dict(c2p=3, p2c=4) if case == "bias" else {}
     scale = (192 if case == "bias" else 64) ** -0.5
 
     def run(function, x, grad):
-        bias = {n: x[i] for n, i in tables.items()} | ({"lut": log_buckets(200)} if tables else {})
+        bias = {n: x[i] for n, i in tables.items()}
+        if tables:
+            bias["lut"] = log_buckets(128)
         out = function(x, bias)
         return [out, *torch.autograd.grad(out, x, grad)]
 
     def reference(x, bias):
         return attention(*x[:3], lengths, lengths, scale, **bias, **flags)
 
-    cu = offsets(lengths)
-    ours = run(lambda x, bias: flash_varlen(*x[:3], cu, cu, 200, 200, scale=scale, **bias, **flags), leaves, dout)
+    def packed(x, bias):
+        cu = offsets(lengths)
+        return flash_varlen(*x[:3], cu, cu, 128, 128, scale=scale, **bias, **flags)
+
+    ours = run(packed, leaves, dout)
     torchs = run(reference, leaves, dout)
     exact = run(reference, [x.detach().double().requires_grad_() for x in leaves], dout.double())
     for i, (a, b, c) in enumerate(zip(ours, torchs, exact, strict=True)):
-        error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max() * (2 if i == 0 else 3)
-        assert a.dtype == dtype and error <= allowed, f"tensor {i}: error {error:.2e}, allowed {allowed:.2e}"
+        error, allowed = ((x.double() - c).abs().max().item() for x in (a, b))
+        allowed *= 2 if i == 0 else 3
+        assert a.dtype == dtype
+        assert error <= allowed, f"tensor {i}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def test_offsets_beyond_32_bits():
-    """Rows 2^30 elements apart in memory, never touched in between: the third is beyond an int32, in the first sequence
-    of one packing and as the second sequence of the other."""
+    """Rows 2^30 elements apart in memory, never touched in between: the third is beyond an int32,
+    in the first sequence of one packing and as the second sequence of the other."""
     far = torch.empty(2**31 + 3 * 32, dtype=torch.float16, device=DEVICE)
     q, k, v = (far.as_strided((3, 1, 32), (2**30, 32, 1), 32 * i) for i in range(3))
     near = [torch.randn(3, 1, 32, device=DEVICE).half().requires_grad_() for _ in range(3)]
@@ -385,7 +422,8 @@ def test_offsets_beyond_32_bits():
     for cu in (offsets([3]), offsets([2, 1])):
         want, got = flash_varlen(*near, cu, cu, 3, 3), flash_varlen(*leaves, cu, cu, 3, 3)
         assert torch.equal(got, want)
-        assert all(map(torch.equal, torch.autograd.grad(got, leaves, dout), torch.autograd.grad(want, near, dout)))
+        gradients = torch.autograd.grad(got, leaves, dout)
+        assert all(map(torch.equal, gradients, torch.autograd.grad(want, near, dout)))
 
 
 class Seen(TorchDispatchMode):
@@ -433,7 +471,8 @@ def test_registered_operator_and_compile():
     seed, ops = torch.full((1,), 4, device=DEVICE), torch.ops.kernels_flash
     call = (cu, cu, 20, 20, 0.2, -1, c2p, p2c, lut, 0.1, seed, 7, True)
     torch.library.opcheck(ops.forward.default, (q, k, v, *call),
-                          test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))  # fmt: skip
+                          test_utils=("test_schema", "test_faketensor",
+                                      "test_autograd_registration"))  # fmt: skip
     tensors = [x.detach() for x in (dout, q, k, v, *ops.forward(q, k, v, *call))]
     torch.library.opcheck(ops.backward.default, (*tensors, *call),
                           test_utils=("test_schema", "test_faketensor"))  # fmt: skip
@@ -537,7 +576,7 @@ def test_no_synchronisation():
         (dict(lut=None), "come together"),
         (dict(k=torch.zeros(9, 3, 32)), "same heads"),
         (dict(v=torch.zeros(9, 2, 32).half()), "want one of"),
-        (dict(q=torch.zeros(9, 2, 160), k=torch.zeros(9, 2, 160), v=torch.zeros(9, 2, 160)), "at most 128"),
+        (dict.fromkeys("qkv", torch.zeros(9, 2, 160)), "at most 128"),
         (dict(cu_seqlens_q=torch.tensor([0, 9])), "int32"),
         (dict(dropout=1.0), "probability"),
         (dict(p2c=torch.zeros(9, 2, 7)), "slots"),
@@ -552,7 +591,7 @@ def test_what_does_not_fit_is_refused(change, message):
     x = torch.zeros(9, 2, 32)
     cu = torch.tensor([0, 9], dtype=torch.int32)
     table = torch.zeros(9, 2, 6)
-    call = dict(q=x, k=x, v=x, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=9, max_seqlen_k=9, c2p=table, p2c=table,
-                lut=torch.zeros(17, dtype=torch.int32))  # fmt: skip
+    call = dict(q=x, k=x, v=x, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=9, max_seqlen_k=9,
+                c2p=table, p2c=table, lut=torch.zeros(17, dtype=torch.int32))  # fmt: skip
     with pytest.raises(ValueError, match=message):
         flash_varlen(**(call | change))

@@ -3,9 +3,6 @@ interpreter where there is no GPU; compiled for sm_80, sm_90 and sm_100 in any c
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_flash import philox
 
+from bench.aot import SHARED_LIMIT, printed_apart
 from kernels import fused
 from kernels.fused import add_norm, geglu, rotary
+from test_flash import philox
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOT = Path(__file__).resolve().parent.parent
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 EPS = 1e-5
 
@@ -121,9 +118,17 @@ def check(leaves, used=(True, True), z=1.0, pre_norm=False, branch_bias=None, **
     return got, gradients
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows, hidden", [(1, 24), (5, 100), (9, 768), (5, 1), (2, 4096)])
+@pytest.mark.parametrize(
+    "rows, hidden, bias, pre_norm",
+    [
+        (1, 24, True, False),
+        (5, 100, True, True),
+        (5, 100, False, False),
+        (9, 768, False, True),
+        (5, 1, True, False),
+        (2, 4096, True, True),
+    ],
+)
 def test_add_norm(rows, hidden, bias, pre_norm):
     check(layer(rows, hidden, bias=bias), pre_norm=pre_norm)
     z = factors(rows, hidden, 0.2, 2**40 + 7, 3)
@@ -137,9 +142,18 @@ def test_many_rows_to_a_program(pre_norm):
     check(layer(37, 768), z=z, pre_norm=pre_norm, dropout=0.1, seed=seeds(1))
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("dropout, bias", [(0.2, True), (0.2, False), (0.0, True)])
-@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "dropout, pre_norm, bias, used",
+    [
+        (0.2, False, True, (True, True)),
+        (0.0, False, True, (True, False)),
+        (0.2, False, False, (False, True)),
+        (0.0, True, True, (True, True)),
+        (0.2, True, False, (True, False)),
+        (0.0, True, True, (True, False)),
+        (0.2, True, True, (False, True)),
+    ],
+)
 def test_branch_bias(dropout, pre_norm, bias, used):
     """Added to branch before it drops; the gradient of pre-norm's s alone has its sums too."""
     branch_bias = leaf(normal(100, seed=20))
@@ -159,9 +173,10 @@ def test_branch_bias_may_be_all_that_is_trained():
     rounded_once("d branch_bias", got, want)
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("branch", [BF16, FP16])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "branch, dropout, pre_norm",
+    [(BF16, 0.1, False), (BF16, 0.0, True), (FP16, 0.1, True), (FP16, 0.0, False)],
+)
 def test_narrow_branch_with_wide_residual(branch, dropout, pre_norm):
     leaves = layer(19, 100, branch=branch, weight=FP32)
     how = dict(dropout=dropout, seed=seeds(1), dtype=branch, z=factors(19, 100, dropout, 1, 0))
@@ -188,11 +203,9 @@ def test_one_tensor_where_the_dtypes_are_equal():
     assert first is second
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("dtype, pre_norm", [(BF16, False), (FP16, True)])
 def test_add_norm_low_precision_rule(dtype, pre_norm):
-    """Everything narrow: errors against float64 of at most 2 (results) and 3 (gradients) times
-    those of torch in the same precision."""
+    """Everything narrow: errors of at most 2 (results) and 3 (gradients) times those of torch."""
     leaves = layer(29, 100, dtype, dtype, dtype)
     grads = [normal(29, 100, dtype=dtype, seed=9 + i) for i in range(2)]
 
@@ -224,9 +237,16 @@ def test_statistics_of_pre_norm_are_of_the_sum_before_rounding():
     assert s.dtype == BF16 and torch.equal(s, branch + residual)
 
 
-@pytest.mark.parametrize("used", [(True, False), (False, True)])
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "used, pre_norm, dropout",
+    [
+        ((True, False), False, 0.0),
+        ((False, True), False, 0.4),
+        ((True, False), True, 0.4),
+        ((True, False), True, 0.0),
+        ((False, True), True, 0.0),
+    ],
+)
 def test_a_result_without_gradient(used, pre_norm, dropout):
     """Pre-norm's s alone: no gradient for weight and bias."""
     leaves = layer(11, 24, branch=BF16)
@@ -393,11 +413,11 @@ def test_dropout_rate_and_mean():
 
 
 def test_gradients_have_the_same_bits_every_time():
-    leaves = layer(29, 100, branch=BF16)
+    leaves = layer(9, 100, branch=BF16)
     runs = []
     for _ in range(2):
         out = add_norm(*leaves, EPS, dropout=0.1, seed=seeds(1), dtype=BF16)
-        runs.append(torch.autograd.grad(out[1], leaves, normal(29, 100, dtype=BF16, seed=9)))
+        runs.append(torch.autograd.grad(out[1], leaves, normal(9, 100, dtype=BF16, seed=9)))
     assert all(map(torch.equal, *runs))
 
 
@@ -463,11 +483,20 @@ def check_rotary(x, parts, positions, used=None, order=(0, 1, 2)):
     return got, gradient
 
 
-@pytest.mark.parametrize("n, parts", [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)])
-def test_rotary(n, parts):
-    for tokens, heads, d in [(1, 1, 2), (5, 3, 16), (19, 2, 6), (3, 12, 64)]:
-        x = normal(tokens, n, heads, d).requires_grad_()
-        check_rotary(x, parts, torch.arange(tokens, device=DEVICE) * 7 % 50)
+@pytest.mark.parametrize(
+    "n, parts, tokens, heads, d",
+    [
+        (1, 1, 1, 1, 2),
+        (2, 1, 5, 3, 16),
+        (2, 2, 19, 2, 6),
+        (3, 1, 5, 3, 16),
+        (3, 2, 3, 12, 64),
+        (3, 3, 19, 2, 6),
+    ],
+)
+def test_rotary(n, parts, tokens, heads, d):
+    x = normal(tokens, n, heads, d).requires_grad_()
+    check_rotary(x, parts, torch.arange(tokens, device=DEVICE) * 7 % 50)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -578,8 +607,17 @@ def geglu64(x):
     return F.gelu(a) * b
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("rows, n", [(1, 24), (5, 100), (67, 37), (2, 2624), (3, 1)])
+@pytest.mark.parametrize(
+    "rows, n, dtype",
+    [
+        (1, 24, BF16),
+        (5, 100, FP32),
+        (5, 100, FP16),
+        (67, 37, FP32),
+        (2, 2624, BF16),
+        (3, 1, FP32),
+    ],
+)
 def test_geglu(rows, n, dtype):
     x = normal(rows, 2 * n, dtype=dtype, scale=2.0).requires_grad_()
     exact, dy = leaf(x.double()), normal(rows, n, dtype=dtype, seed=9)
@@ -789,22 +827,11 @@ def test_a_captured_graph_draws_by_the_seed_of_its_replay():
 
 
 # ----------------------------------------------------------------------------------- ahead of time
-# Compiled in a process of its own, because this one may hold Triton's interpreter.
-
-
-def fused_launches(dtypes=(BF16, FP16, FP32), sizes=(256, 384, 768, 1024, 4096)):
-    """(name, call) of every kernel both ways, at these sizes of the hidden layer, with dropout."""
-    for dtype in dtypes:
-        for hidden in sizes:
-            made = calls("cpu", dtype, hidden, n=3 * hidden // 2, d=64)
-            for name, call in made.items():
-                yield f"{name} {dtype} {hidden}", lambda call=call: both_ways(call)
-
 
 COMPILE = """
 import re, sys, torch, triton
-from kernels.bench import aot
-from test_fused import fused_launches
+from bench import aot
+from test_fused import both_ways, calls
 
 run, narrow = triton.runtime.jit.JITFunction.run, []
 
@@ -814,19 +841,21 @@ def counting(*args, **kwargs):
     return kernel
 
 triton.runtime.jit.JITFunction.run = counting
-for dtype, hidden in [(torch.bfloat16, 768), (torch.float32, 768), (torch.bfloat16, 4096)]:
-    for name, call in fused_launches([dtype], [hidden]):
-        if hidden == 4096 and "norm" not in name:
+for layer in sys.argv[2:]:
+    dtype, hidden = layer.split()
+    made = calls("cpu", getattr(torch, dtype), int(hidden), n=3 * int(hidden) // 2, d=64)
+    for name, call in made.items():
+        if hidden == "4096" and "norm" not in name:
             continue
-        for c in aot.compile_launches(call, int(sys.argv[1])):
+        for c in aot.compile_launches(lambda: both_ways(call), int(sys.argv[1])):
             figures = c.arch, c.registers, c.spill_bytes, c.shared, narrow.pop(0)
-            print("compiled", name, c.kernel, *figures, sep="|")
+            print("compiled", layer, name, c.kernel, *figures, sep="|")
 """
 
 COUNT = """
 import random, torch, triton
 from collections import defaultdict
-from kernels.bench.aot import _Card
+from bench.aot import _Card
 from test_fused import both_ways, calls
 
 keys, binders = defaultdict(set), {}
@@ -851,38 +880,47 @@ for name, call in calls("meta", torch.bfloat16, 768, n=1152, d=64).items():
 """
 
 
-def apart(script, *arguments, cache):
+def apart(script, *arguments):
     """Rows that the script prints in a process of its own without the interpreter."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "TRITON_CACHE_DIR": str(cache),
-    }
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [x.split("|")[1:] for x in run.stdout.splitlines() if x.startswith("compiled")]
+    sources = ["kernels/fused.py", "tests/test_fused.py"]
+    printed = printed_apart(script, *arguments, sources=sources)
+    return [x.split("|")[1:] for x in printed.splitlines() if x.startswith("compiled")]
+
+
+NORMS = [("post-norm", "_add_norm_kernel"), ("post-norm", "_add_norm_backward_kernel"),
+         ("pre-norm", "_add_norm_kernel"), ("pre-norm", "_add_norm_backward_kernel")]  # fmt: skip
+TURNS = [("rotary", "_rotary_kernel"), ("rotary", "_rotary_kernel")]
+GATES = [("geglu", "_geglu_kernel"), ("geglu", "_geglu_backward_kernel")]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_kernels_compile_and_fit(arch, tmp_path):
-    from kernels.bench.aot import SHARED_LIMIT
-
-    rows = apart(COMPILE, arch, cache=tmp_path)
-    names = {(kernel, name.split()[0]) for name, kernel, *_ in rows}
-    assert len(rows) == 8 + 8 + 4 and len(names) == 7
-    for name, kernel, *figures in rows:
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"bfloat16 768": NORMS + TURNS + GATES},
+        pytest.param(
+            {"float32 768": NORMS + TURNS + GATES, "bfloat16 4096": NORMS}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=" ".join,
+)
+def test_kernels_compile_and_fit(arch, layers):
+    rows = apart(COMPILE, arch, *layers)
+    for layer, kernels in layers.items():
+        assert [(name, kernel) for at, name, kernel, *_ in rows if at == layer] == kernels
+    for layer, name, kernel, *figures in rows:
         target, registers, spilled, shared, narrow = map(int, figures)
+        what = f"{layer} {name} {kernel}"
         assert target == arch and 16 <= registers <= 255
-        allowed = 24 if name.endswith("4096") else 0
-        assert spilled <= allowed, f"{name} {kernel}: {spilled} bytes spilled"
-        assert shared <= SHARED_LIMIT[arch], f"{name} {kernel}: {shared} bytes of shared memory"
-        assert narrow == 0, f"{name} {kernel}: {narrow} loads and stores of single numbers"
+        allowed = 24 if layer.endswith("4096") else 0
+        assert spilled <= allowed, f"{what}: {spilled} bytes spilled"
+        assert shared <= SHARED_LIMIT[arch], f"{what}: {shared} bytes of shared memory"
+        assert narrow == 0, f"{what}: {narrow} loads and stores of single numbers"
 
 
-def test_a_thousand_steps_compile_each_kernel_once(tmp_path):
+def test_a_thousand_steps_compile_each_kernel_once():
     """Any number of rows, any site: the keys by which Triton tells compiled kernels apart."""
-    rows = apart(COUNT, cache=tmp_path)
+    rows = apart(COUNT)
     assert [(name, kernel) for name, kernel, _ in rows] == [
         ("post-norm", "_add_norm_kernel"),
         ("post-norm", "_add_norm_backward_kernel"),

@@ -1,4 +1,4 @@
-"""Model folders that are damaged, incomplete or somebody else's: one line that names the file, no memory taken."""
+"""Model folders that are damaged, incomplete or somebody else's: one line that names the file."""
 
 import ast
 import json
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from test_encoder import build
 
-from kernels.encoder import CrossEncoder, ModelError, from_hub
+import toy
+from kernels.encoder import CrossEncoder
+from kernels.loading import ModelError, from_hub
+from test_encoder import build
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n"
@@ -45,7 +46,8 @@ def refused(folder, what, **how):
 
 def change(folder, how):
     """The weights of a folder, changed by a function of all of them."""
-    save_file(how(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    save_file(how(load_file(folder / "model.safetensors")), folder / "model.safetensors",
+              {"format": "pt"})
 
 
 def configure(folder, **values):
@@ -54,26 +56,53 @@ def configure(folder, **values):
 
 
 def without(*parts):
-    return lambda weights: {name: w for name, w in weights.items() if not any(p in name for p in parts)}
+    def rest(weights):
+        return {name: w for name, w in weights.items() if not any(p in name for p in parts)}
+
+    return rest
+
+
+def renamed(was, becomes):
+    """In the names of all weights."""
+    return lambda weights: {name.replace(was, becomes): w for name, w in weights.items()}
+
+
+def besides(more):
+    """Weights beside or instead of the folder's own."""
+    return lambda weights: weights | more
+
+
+def in_a_module(weights):
+    return {f"module.{name}": w for name, w in weights.items()}
+
+
+def as_encoder(weights):
+    """Names of an encoder saved alone, with a weight of a layer too many."""
+    alone = {name.removeprefix("bert."): w for name, w in weights.items()}
+    return alone | {"encoder.layer.2.x": torch.ones(3)}
 
 
 def test_only_a_head_is_drawn_and_only_on_demand(folder):
     change(folder, without("classifier"))
-    refused(folder, "no trained cross-encoder .*: 2 of .*: classifier.weight is missing, classifier.bias is missing$")
+    refused(folder, "no trained cross-encoder .*: 2 of .*: classifier.weight is missing, "
+                    "classifier.bias is missing$")
     torch.manual_seed(5)
     ours = load(folder, fresh_head=True)
     torch.manual_seed(5)
     config = hf.AutoConfig.from_pretrained(folder, num_labels=1)
     theirs, report = hf.AutoModelForSequenceClassification.from_pretrained(
         folder, config=config, output_loading_info=True)
-    assert sorted(ours.new_weights) == sorted(report["missing_keys"]) == ["classifier.bias", "classifier.weight"]
-    assert ours.model.classifier.weight.equal(theirs.classifier.weight)  # what looks at the folder first draws nothing
+    head = ["classifier.bias", "classifier.weight"]
+    assert sorted(ours.new_weights) == sorted(report["missing_keys"]) == head
+    # what looks at the folder first draws nothing
+    assert ours.model.classifier.weight.equal(theirs.classifier.weight)
 
 
 def test_an_encoder_saved_alone_gets_a_head(folder):
     def body(weights):
-        kept = {name.removeprefix("bert."): w for name, w in without("classifier")(weights).items()}
-        return kept | {"cls.predictions.bias": torch.ones(3), "embeddings.position_ids": torch.arange(64)[None]}
+        kept = renamed("bert.", "")(without("classifier")(weights))
+        return kept | {"cls.predictions.bias": torch.ones(3),
+                       "embeddings.position_ids": torch.arange(64)[None]}
 
     expected = load_file(folder / "model.safetensors")
     change(folder, body)
@@ -95,21 +124,34 @@ def test_first_names_of_a_layer_norm_are_understood(folder):
     scores = load(folder).score(["kaba lofin"], ["kaba"])
     names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     for new, old in names.items():
-        change(folder, lambda weights, new=new, old=old: {n.replace(new, old): w for n, w in weights.items()})
+        change(folder, renamed(new, old))
     assert load(folder).score(["kaba lofin"], ["kaba"]).equal(scores)
 
 
-@pytest.mark.parametrize("how, what", [
-    (without("position_embeddings"), "1 of its weights do not fit: .*position_embeddings.weight is missing$"),
-    (without("layer.1."), "config.json is of another model: 16 of its weights do not fit"),
-    (lambda weights: {f"module.{name}": w for name, w in weights.items()}, "37 of its weights do not fit"),
-    (lambda weights: weights | {LAYER.replace("1", "2"): torch.ones(3)}, "layer.2.output.dense.weight has no place$"),
-    (lambda weights: {n.removeprefix("bert."): w for n, w in weights.items()} | {"encoder.layer.2.x": torch.ones(3)},
-     "fit: bert.encoder.layer.2.x has no place$"),
-    (lambda weights: weights | {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)},
-     "the head has 2 labels .*, a cross-encoder needs one"),
-    (lambda weights: weights | {LAYER: torch.ones(3, 7)}, rf"{LAYER} is .*32 \[3, 7\], not .* \[32, 64\]"),
-])
+@pytest.mark.parametrize(
+    "how, what",
+    [
+        (
+            without("position_embeddings"),
+            "1 of its weights do not fit: .*position_embeddings.weight is missing$",
+        ),
+        (without("layer.1."), "config.json is of another model: 16 of its weights do not fit"),
+        (in_a_module, "37 of its weights do not fit"),
+        (
+            besides({LAYER.replace("1", "2"): torch.ones(3)}),
+            "layer.2.output.dense.weight has no place$",
+        ),
+        (as_encoder, "fit: bert.encoder.layer.2.x has no place$"),
+        (
+            besides({"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}),
+            "the head has 2 labels .*, a cross-encoder needs one",
+        ),
+        (
+            besides({LAYER: torch.ones(3, 7)}),
+            rf"{LAYER} is .*32 \[3, 7\], not .* \[32, 64\]",
+        ),
+    ],
+)
 def test_weights_that_are_not_those_of_the_config(folder, how, what):
     change(folder, how)
     refused(folder, what, fresh_head=True)
@@ -128,21 +170,26 @@ def test_wrong_weights_of_every_family_are_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.float8_e4m3fn])
 def test_weights_without_fractions_are_refused(folder, dtype):
-    change(folder, lambda weights: weights | {LAYER: weights[LAYER].to(dtype)})
+    change(folder, besides({LAYER: torch.zeros(32, 64, dtype=dtype)}))
     refused(folder, f"{LAYER} is {dtype} .32, 64., not floating-point")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
-                                  "pytorch_model.bin.index.json"])
-@pytest.mark.parametrize("content", [
-    None, b"", b"\x07", b"<!DOCTYPE html><html></html>", (1 << 40).to_bytes(8, "little") + b"{}" * 40,
-    b"\x93\x01" * 999, b"null", DEEP, b'{"weight_map": {"a": "no.safetensors"}}', POINTER], ids=range(10))
+WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
+                "pytorch_model.bin.index.json"]
+CONTENTS = [None, b"", b"\x07", b"<!DOCTYPE html><html></html>",
+            (1 << 40).to_bytes(8, "little") + b"{}" * 40, b"\x93\x01" * 999, b"null", DEEP,
+            b'{"weight_map": {"a": "no.safetensors"}}', POINTER]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHT_FILES)
+@pytest.mark.parametrize("content", CONTENTS, ids=range(10))
 def test_weight_files_that_are_none(folder, name, content):
     half = (folder / "model.safetensors").read_bytes()[:9000]
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(half if content is None else content)
     shard = name.endswith(".json") and content is not None and b"weight_map" in content
-    refused(folder, rf"model folder: {'no.safetensors' if shard else name}: \w+Error:")
+    file = "no.safetensors" if shard else name
+    refused(folder, rf"model folder: {file}: \w+Error:")
     if content is POINTER:
         refused(folder, f"; {name}: a Git LFS pointer, not the file: run `git lfs pull` there")
 
@@ -159,12 +206,21 @@ def test_every_format_of_weights_loads(folder):
         torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
         assert load(folder).score(["kaba lofin"], ["kaba"]).equal(expected)
     (folder / "pytorch_model.bin").unlink()
-    refused(folder, "model.safetensors: OSError: .* does not appear to have a file named model.safetensors")
+    what = "model.safetensors: OSError: .* does not appear to have a file named model.safetensors"
+    refused(folder, what)
 
 
-@pytest.mark.parametrize("name, what", [("config.json", "config.json"), ("tokenizer.json", "tokenizer"),
-                                        ("tokenizer_config.json", "tokenizer")])
-@pytest.mark.parametrize("content", [b"", b"null", b"[1]", b"{", DEEP, b'{"a": "\xff"}', POINTER], ids=range(7))
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("config.json", "config.json"),
+        ("tokenizer.json", "tokenizer"),
+        ("tokenizer_config.json", "tokenizer"),
+    ],
+)
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[1]", b"{", DEEP, b'{"a": "\xff"}', POINTER], ids=range(7)
+)
 def test_damaged_json(folder, name, what, content):
     (folder / name).write_bytes(content)
     refused(folder, rf"model folder: {what}: \w+Error: ")
@@ -172,27 +228,40 @@ def test_damaged_json(folder, name, what, content):
         refused(folder, f"; {name}: a Git LFS pointer, not the file: run `git lfs pull` there")
 
 
-@pytest.mark.parametrize("values, what", [
-    ({"hidden_size": 0}, "hidden_size is 0"), ({"hidden_size": "x"}, 'hidden_size is "x"'),
-    ({"hidden_size": 1 << 29}, "is torch.float32 .45, 32., not floating-point .45, 536870912."),
-    ({"num_attention_heads": 0}, "num_attention_heads is 0"), ({"num_attention_heads": 3}, "multiple of the number of"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, 1 to 1000 is possible"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, 1 to 1000"),
-    ({"num_hidden_layers": 1}, "16 of its weights do not fit: .* has no place"),
-    ({"intermediate_size": -3}, "intermediate_size is -3"),
-    ({"vocab_size": 10**9}, "the model has 1000000000"), ({"vocab_size": 80}, "word_embeddings.weight is .* .45, 32."),
-    ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
-    ({"max_position_embeddings": "x"}, 'max_position_embeddings is "x"'),
-    ({"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000"),
-    ({"query_length": "x"}, 'query_length is "x"'), ({"query_length": -1}, "query_length is -1"),
-    ({"doc_length": 1.5}, "doc_length is 1.5"), ({"doc_length": None}, "doc_length is null"),
-    ({"type_vocab_size": 10**9}, "token_type_embeddings.weight is .* .2, 32., not"),
-    ({"dtype": "float7"}, "float7"), ({"pad_token_id": 500}, "config.json: AssertionError: Padding_idx"),
-    ({"layer_norm_eps": "x"}, "layer_norm_eps.* expected float"), ({"hidden_act": "no"}, "config.json: KeyError: 'no'"),
-    ({"hidden_dropout_prob": 5}, "dropout probability"), ({"id2label": "x"}, "Error: "),
-    ({"model_type": "nonsense"}, "nonsense"), ({"model_type": "gpt2"}, "'gpt2' are not supported"),
-    ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "mine"}, "contains custom code"),
-], ids=str)
+@pytest.mark.parametrize(
+    "values, what",
+    [
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_size": "x"}, 'hidden_size is "x"'),
+        ({"hidden_size": 1 << 29}, "is torch.float32 .45, 32., not floating-point .45, 536870912."),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_attention_heads": 3}, "multiple of the number of"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, 1 to 1000 is possible"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, 1 to 1000"),
+        ({"num_hidden_layers": 1}, "16 of its weights do not fit: .* has no place"),
+        ({"intermediate_size": -3}, "intermediate_size is -3"),
+        ({"vocab_size": 10**9}, "the model has 1000000000"),
+        ({"vocab_size": 80}, "word_embeddings.weight is .* .45, 32."),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"max_position_embeddings": "x"}, 'max_position_embeddings is "x"'),
+        ({"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000"),
+        ({"query_length": "x"}, 'query_length is "x"'),
+        ({"query_length": -1}, "query_length is -1"),
+        ({"doc_length": 1.5}, "doc_length is 1.5"),
+        ({"doc_length": None}, "doc_length is null"),
+        ({"type_vocab_size": 10**9}, "token_type_embeddings.weight is .* .2, 32., not"),
+        ({"dtype": "float7"}, "float7"),
+        ({"pad_token_id": 500}, "config.json: AssertionError: Padding_idx"),
+        ({"layer_norm_eps": "x"}, "layer_norm_eps.* expected float"),
+        ({"hidden_act": "no"}, "config.json: KeyError: 'no'"),
+        ({"hidden_dropout_prob": 5}, "dropout probability"),
+        ({"id2label": "x"}, "Error: "),
+        ({"model_type": "nonsense"}, "nonsense"),
+        ({"model_type": "gpt2"}, "'gpt2' are not supported"),
+        ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "mine"}, "contains custom code"),
+    ],
+    ids=str,
+)
 def test_configs_that_no_model_has(folder, values, what):
     configure(folder, **values)
     refused(folder, what)
@@ -205,7 +274,7 @@ def test_configs_that_no_model_has(folder, values, what):
     ("deberta", {"pooler_hidden_size": 7}), ("electra", {"num_attention_heads": 3}),
 ], ids=str)
 def test_configs_of_other_families_that_cannot_be_computed(tmp_path, name, values):
-    """Among them what Hugging Face builds without a word: a pair is run without memory before weights are read."""
+    """Among them what Hugging Face builds without a word: a pair is run before weights are read."""
     encoder = build(name)
     encoder.query_length, encoder.doc_length = 8, 32
     encoder.save_pretrained(tmp_path)
@@ -216,8 +285,9 @@ def test_configs_of_other_families_that_cannot_be_computed(tmp_path, name, value
 def test_a_folder_without_its_tokenizer_is_refused(folder, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    refused(folder, "5 tokens with ids up to 4.*; the model has 45: put the model's own tokenizer files there")
-    for words in ([], "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e".split()):
+    refused(folder, "5 tokens with ids up to 4.*; the model has 45: put the model's own tokenizer "
+                    "files there")
+    for words in ([], ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "e"]):
         (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
         refused(folder, "tokens with ids up to")
     for name in ("roberta", "modernbert", "deberta", "electra"):
@@ -242,16 +312,18 @@ def test_files_have_the_mode_that_the_umask_says(source, tmp_path):
         load(source).save_pretrained(tmp_path)
     finally:
         os.umask(before)
-    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
-        (path.name for path in source.iterdir()), 0o640)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {path.name: 0o640 for path in source.iterdir()}
 
 
 def test_whatever_goes_wrong_is_one_line_but_an_interrupt(tmp_path):
     class PanicException(BaseException):  # what tokenizers raises when its own code fails
         pass
 
-    for error in (PanicException("a\nb"), MemoryError(), RecursionError("deep"), ImportError("no such library")):
-        with pytest.raises(ModelError, match=f"folder: part: {type(error).__name__}:"), from_hub(tmp_path, "part: "):
+    for error in (PanicException("a\nb"), MemoryError(), RecursionError("deep"),
+                  ImportError("no such library")):
+        what = f"folder: part: {type(error).__name__}:"
+        with pytest.raises(ModelError, match=what), from_hub(tmp_path, "part: "):
             raise error
     with pytest.raises(KeyboardInterrupt), from_hub(tmp_path):
         raise KeyboardInterrupt
@@ -274,22 +346,27 @@ assert not hasattr(kernels, "nothing_of_this_name")
 """
 
 
+@pytest.mark.slow
 def test_hugging_faces_package_of_this_name_works_beside(tmp_path):
-    """A stand-in in a version that transformers accepts, with a module of its own and the names that it imports."""
+    """A stand-in of a version that transformers accepts, with all names that it imports."""
     package, info = tmp_path / "kernels", tmp_path / "kernels-0.dist-info"
     (package / "layer").mkdir(parents=True)
     info.mkdir()
     version = hf.utils.import_utils.KERNELS_MIN_VERSION
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
-    imports = ast.walk(ast.parse(Path(hf.__file__).with_name("integrations").joinpath("hub_kernels.py").read_text()))
-    found = [node.names for node in imports if isinstance(node, ast.ImportFrom) and node.module == "kernels"]
+    importing = Path(hf.__file__).with_name("integrations") / "hub_kernels.py"
+    nodes = ast.walk(ast.parse(importing.read_text()))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    found = [node.names for node in imports if node.module == "kernels"]
     names = {alias.name for names in found for alias in names} - {"Mode", "get_kernel"}
     assert "use_kernel_mapping" in names
     (package / "layer" / "__init__.py").write_text("class Mode: pass\n")
     (package / "__init__.py").write_text(
         "import sys\nfrom kernels.layer import Mode\nsys.ran = getattr(sys, 'ran', 0) + 1\n"
         "def get_kernel(): return 'theirs'\n"
-        + "".join(f"def {name}(*args, **how): return lambda decorated: decorated\n" for name in names))
+        + "".join(f"def {name}(*args, **how): return lambda decorated: decorated\n"
+                  for name in names))
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", BESIDE], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", BESIDE], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr

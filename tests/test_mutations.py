@@ -1,4 +1,4 @@
-"""Mutated inputs never end a script by a traceback, a signal or not at all: tests/mutations.py, and its own judgment.
+"""Mutated inputs never end a script by a traceback, a signal or not at all; and how that is judged.
 
     MUTATIONS=2000 MUTATION_SEED=7 python -m pytest tests/test_mutations.py
 """
@@ -10,24 +10,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mutations
 import pytest
+
+import mutations
 
 ROWS = b"q1 Q0 d1 1 2.5 t\nq1 Q0 d2 2 1.5 t\nq2 Q0 d1 1 0.5 t\n"
 LINES = b'{"_id": "d1", "text": "kaba"}\n{"_id": "d2", "text": "kador"}\n'
 
 
+@pytest.mark.slow
 def test_mutated_inputs_end_well(tmp_path):
     number, seed = os.environ.get("MUTATIONS", "200"), os.environ.get("MUTATION_SEED", "1")
-    command = [sys.executable, mutations.__file__, "--cases", number, "--seed", seed, "--folder", str(tmp_path)]
+    which = ["--cases", number, "--seed", seed]
+    command = [sys.executable, mutations.__file__, *which, "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stdout or done.stderr
     assert f"{number} cases of seed {seed}" in done.stdout
 
 
-@pytest.mark.parametrize("way, data", [
-    (mutations.in_bytes, ROWS), (mutations.in_columns, ROWS), (mutations.odd_run, ROWS),
-    (mutations.in_json_lines, LINES), (mutations.in_json, LINES.splitlines()[0])])
+@pytest.mark.parametrize(
+    "way, data",
+    [
+        (mutations.in_bytes, ROWS),
+        (mutations.in_columns, ROWS),
+        (mutations.odd_run, ROWS),
+        (mutations.in_json_lines, LINES),
+        (mutations.in_json, LINES.splitlines()[0]),
+    ],
+)
 def test_a_mutation_is_a_function_of_its_seed(way, data):
     every = [way(random.Random(f"7 {number}"), data) for number in range(200)]
     assert every == [way(random.Random(f"7 {number}"), data) for number in range(200)]
@@ -48,19 +58,22 @@ library.Wrong: of two
 """
 
 
-@pytest.mark.parametrize("status, stderr, wrong", [
-    (0, "a line of progress\n", None),
-    (2, "a line of progress\nerror: x.run:1: empty\n", None),
-    (2, "", "exit 2: not one line"),
-    (2, "error: x.run:1: of two\nlines\n", "exit 2: not one line"),
-    (2, "error: x.run:1: empty\nerror: y.run:1: empty\n", "exit 2: not one line"),
-    (1, "usage\n", "exit 1: usage"),
-    (1, TRACEBACK, "library.Wrong (rerank.py:34): of two"),
-    (0, TRACEBACK, "library.Wrong (rerank.py:34): of two"),
-    (-signal.SIGSEGV, "", "killed by SIGSEGV"),
-    (None, "", "did not end in 60 s"),
-    (mutations.UNFIT, "said\nunfit: printed nothing\n", "unfit: printed nothing"),
-])
+@pytest.mark.parametrize(
+    "status, stderr, wrong",
+    [
+        (0, "a line of progress\n", None),
+        (2, "a line of progress\nerror: x.run:1: empty\n", None),
+        (2, "", "exit 2: not one line"),
+        (2, "error: x.run:1: of two\nlines\n", "exit 2: not one line"),
+        (2, "error: x.run:1: empty\nerror: y.run:1: empty\n", "exit 2: not one line"),
+        (1, "usage\n", "exit 1: usage"),
+        (1, TRACEBACK, "library.Wrong (rerank.py:34): of two"),
+        (0, TRACEBACK, "library.Wrong (rerank.py:34): of two"),
+        (-signal.SIGSEGV, "", "killed by SIGSEGV"),
+        (None, "", "did not end in 60 s"),
+        (mutations.UNFIT, "said\nunfit: printed nothing\n", "unfit: printed nothing"),
+    ],
+)
 def test_verdict(status, stderr, wrong):
     got = mutations.verdict(status, stderr)
     assert got is None if wrong is None else got.startswith(wrong)
@@ -70,8 +83,9 @@ def test_a_command_as_it_stands_has_to_succeed():
     assert mutations.verdict(2, "error: no\n", unchanged=True) == "exit 2: error: no"
 
 
+@pytest.mark.slow
 def test_children_are_waited_for_and_killed(tmp_path):
-    """Each way to end, through the fork server; a file tells that the grandchild of the one that hung is gone too."""
+    """Each way to end; a file tells that the grandchild of the one that hung is gone too."""
     script = f"""
 import os, sys, time
 sys.path.insert(0, {str(Path(mutations.__file__).parent)!r})
@@ -85,7 +99,8 @@ def hang():
 def wrong():
     raise KeyError("x")
 for work in (lambda: 0, lambda: 2, wrong, os.abort, hang):
-    print(mutations.wait_for({{mutations.fork(Path({str(tmp_path)!r}), work): time.monotonic()}}, 5)[1])
+    child = mutations.fork(Path({str(tmp_path)!r}), work)
+    print(mutations.wait_for({{child: time.monotonic()}}, 5)[1])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["0", "2", "1", str(-signal.SIGABRT), "None"]

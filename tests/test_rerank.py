@@ -1,4 +1,5 @@
-"""rerank.py: datasets and their errors, BM25 against the formula, blocks, resumption, long documents, the command."""
+"""rerank.py: datasets and their errors, BM25 against the formula, blocks, resumption, long
+documents, the command."""
 
 import gzip
 import json
@@ -13,20 +14,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import toy
 
 import rerank
-from evaluate import BadInput, read_run
+import toy
+from data import cache
+from data.command import BadInput, guarded
+from data.first_stages import bm25
+from data.runs import best_first, read_run
 from kernels.encoder import CrossEncoder
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rerank")
-    rerank.CACHE = folder / "cache"
     toy.corpus(folder / "corpus")
     toy.model(folder / "model")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "CACHE", folder / "cache")
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +46,21 @@ def model(place):
 
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["rerank.py", "--dtype", "float32", *map(str, argv)])
-    return rerank.guarded(rerank.main)
+    return guarded(rerank.main)
 
 
-# ------------------------------------------------------------------------------------------------------ datasets
+# ----------------------------------------------------------------------------------------- datasets
 
 
 def test_folder_is_read_as_written(place, texts):
-    rows = [json.loads(line) for line in open(place / "corpus" / "corpus.jsonl")]
+    lines = (place / "corpus" / "corpus.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert texts.documents([r["_id"] for r in rows]) == {r["_id"]: r["text"] for r in rows}
     assert dict(texts.corpus()) == {r["_id"]: r["text"] for r in rows} and len(texts) == 60
-    assert texts.documents(["nowhere", "d3"]).keys() == {"d3"} and texts.missing(["nowhere", "d3"]) == ["nowhere"]
-    assert texts.queries.keys() == texts.qrels.keys() == {"q9", "q19"} and len(texts.all_queries) == 20
+    assert texts.documents(["nowhere", "d3"]).keys() == {"d3"} and texts.missing(
+        ["nowhere", "d3"]) == ["nowhere"]
+    assert texts.queries.keys() == texts.qrels.keys() == {"q9",
+                                                          "q19"} and len(texts.all_queries) == 20
     assert rerank.Texts(f"{place / 'corpus'}/train").split == "train"
 
 
@@ -62,20 +70,24 @@ def test_long_and_titled_documents(tmp_path):
         json.dumps({"_id": "a", "title": "Title", "text": long}, ensure_ascii=False)
         + "\n" + json.dumps({"_id": "b", "title": "", "text": "last line without a newline"}))
     (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "q"}\n')
-    assert rerank.Texts(str(tmp_path)).documents("ab") == {"a": f"Title {long}", "b": "last line without a newline"}
+    assert rerank.Texts(str(tmp_path)).documents("ab") == {"a": f"Title {long}",
+                                                           "b": "last line without a newline"}
 
 
-GOOD = {"corpus.jsonl": b'{"_id": "a", "text": "x"}\n', "queries.jsonl": b'{"_id": "1", "text": "q"}\n',
+GOOD = {"corpus.jsonl": b'{"_id": "a", "text": "x"}\n',
+        "queries.jsonl": b'{"_id": "1", "text": "q"}\n',
         "qrels/test.tsv": b"query-id\tcorpus-id\tscore\n1\ta\t1\n"}
 
 
 @pytest.mark.parametrize("name, content, where, what", [
     ("corpus.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "b"\n', "corpus.jsonl:2", "JSON"),
-    ("corpus.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', "corpus.jsonl:2", "twice"),
+    ("corpus.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "a", "text": '
+                     b'"y"}\n', "corpus.jsonl:2", "twice"),
     ("corpus.jsonl", b'{"_id": 7, "text": "x"}\n', "corpus.jsonl:1", "strings"),
     ("corpus.jsonl", b'{"_id": "a", "text": "\xff"}\n', "corpus.jsonl:1", "UTF-8"),
     ("corpus.jsonl", gzip.compress(GOOD["corpus.jsonl"]), "corpus.jsonl:1", "gzip|UTF-8"),
-    ("queries.jsonl", b'{"_id": "1", "text": "q"}\n{"_id": "1", "text": "r"}\n', "queries.jsonl:2", "twice"),
+    ("queries.jsonl", b'{"_id": "1", "text": "q"}\n{"_id": "1", "text": '
+                      b'"r"}\n', "queries.jsonl:2", "twice"),
     ("qrels/test.tsv", b"query-id\tcorpus-id\tscore\n1\ta\n", "test.tsv:2", "column|field"),
     ("qrels/test.tsv", b"query-id\tcorpus-id\tscore\n2\ta\t1\n", "test.tsv", "'2'"),
 ])
@@ -101,7 +113,7 @@ def test_missing_split_names_those_there(place):
         rerank.Texts(str(place / "corpus"), split="validation")
 
 
-# ------------------------------------------------------------------------------------------------- first stages
+# ------------------------------------------------------------------------------------- first stages
 
 
 def test_bm25_is_the_formula(texts):
@@ -109,7 +121,7 @@ def test_bm25_is_the_formula(texts):
     docs = {d: t.split() for d, t in texts.corpus()}
     mean = sum(map(len, docs.values())) / len(docs)
     frequency = Counter(w for words in docs.values() for w in set(words))
-    got = rerank.bm25(texts, texts.all_queries, depth=60)
+    got = bm25(texts, texts.all_queries, depth=60)
     for qid, query in texts.all_queries.items():
         expected = {}
         for docid, words in docs.items():
@@ -126,9 +138,9 @@ def test_bm25_is_the_formula(texts):
 
 
 def test_bm25_cut_is_the_top_of_the_full_list(texts):
-    full, cut = rerank.bm25(texts, texts.queries, 60), rerank.bm25(texts, texts.queries, 7)
+    full, cut = bm25(texts, texts.queries, 60), bm25(texts, texts.queries, 7)
     for qid in full:
-        assert list(cut[qid].items()) == rerank.trec_order(full[qid].items())[:7]
+        assert list(cut[qid].items()) == best_first(full[qid].items())[:7]
 
 
 def test_splade_is_the_inner_product_of_the_term_weights(place, texts, tmp_path):
@@ -138,30 +150,33 @@ def test_splade_is_the_inner_product_of_the_term_weights(place, texts, tmp_path)
 
     torch.manual_seed(0)
     tokenizer = toy.tokenizer()
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, initializer_range=1.0,
-                        num_attention_heads=2, intermediate_size=16, max_position_embeddings=64)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1,
+                        initializer_range=1.0, num_attention_heads=2, intermediate_size=16,
+                        max_position_embeddings=64)
     mlm = BertForMaskedLM(config).eval()
     mlm.save_pretrained(tmp_path / "splade")
     tokenizer.save_pretrained(tmp_path / "splade")
 
     def vector(text):
         with torch.no_grad():
-            return torch.log1p(mlm(**tokenizer(text, return_tensors="pt")).logits[0].double().relu()).amax(0)
+            return torch.log1p(mlm(**tokenizer(text, return_tensors="pt")).logits[
+                0].double().relu()).amax(0)
 
     documents = {d: vector(t) for d, t in texts.corpus()}
     for again in range(2):  # the second time from the cache
         got = rerank.first_stage(texts, None, f"splade:{tmp_path / 'splade'}", 7)
         for qid, query in texts.queries.items():
             expected = {d: float(vector(query) @ v) for d, v in documents.items()}
-            top = rerank.trec_order(expected.items())[:7]
+            top = best_first(expected.items())[:7]
             assert list(got[qid]) == [d for d, _ in top], again
             assert list(got[qid].values()) == pytest.approx([s for _, s in top], rel=1e-4)
-    with pytest.raises(BadInput, match="no masked language model"):  # a head made up at random would score at random
+    # a head made up at random would score at random
+    with pytest.raises(BadInput, match="no masked language model"):
         rerank.first_stage(texts, None, f"splade:{place / 'model'}", 7)
 
 
 def test_ties_go_by_docid_descending():
-    assert rerank.trec_order([("a", 1.0), ("c", 1.0), ("b", 2.0), ("d10", 1.0), ("d9", 1.0)]) == [
+    assert best_first([("a", 1.0), ("c", 1.0), ("b", 2.0), ("d10", 1.0), ("d9", 1.0)]) == [
         ("b", 2.0), ("d9", 1.0), ("d10", 1.0), ("c", 1.0), ("a", 1.0)]
 
 
@@ -175,7 +190,8 @@ def test_ids_of_a_run_are_checked(tmp_path, texts):
     with pytest.raises(BadInput, match=r"first.run:2: query 'q99'"):
         rerank.first_stage(texts, file, None, 10)
     packed = tmp_path / "first.run.zst"  # also packed, and with an empty line on the way
-    packed.write_bytes(pa.compress(b"q1 Q0 d1 1 2.0 x\n\nq99 Q0 d2 2 1.0 x\n", "zstd", asbytes=True))
+    packed.write_bytes(pa.compress(b"q1 Q0 d1 1 2.0 x\n\nq99 Q0 d2 2 1.0 x\n", "zstd",
+                                   asbytes=True))
     with pytest.raises(BadInput, match=r"first.run.zst:3: query 'q99'"):
         rerank.first_stage(texts, packed, None, 10)
 
@@ -186,11 +202,11 @@ def test_depth_cuts_by_score_not_by_line(tmp_path, texts):
     assert rerank.first_stage(texts, file, None, 2) == {"q1": {"d2": 3.0, "d3": 2.0}}
 
 
-# ------------------------------------------------------------------------------------------------------ scoring
+# ------------------------------------------------------------------------------------------ scoring
 
 
 def first(texts):
-    return rerank.bm25(texts, texts.all_queries, 20)
+    return bm25(texts, texts.all_queries, 20)
 
 
 def test_scores_are_the_models_own(texts, model):
@@ -198,7 +214,8 @@ def test_scores_are_the_models_own(texts, model):
     got = rerank.score_run(model, texts, candidates)
     documents = dict(texts.corpus())
     for qid, ranked in candidates.items():
-        expected = model.score([texts.all_queries[qid]] * len(ranked), [documents[d] for d in ranked])
+        expected = model.score([texts.all_queries[qid]] * len(ranked),
+                               [documents[d] for d in ranked])
         assert list(got[qid]) == list(ranked)
         np.testing.assert_allclose(list(got[qid].values()), expected.numpy(), atol=1e-5)
 
@@ -211,15 +228,20 @@ def test_blocks_hold_whole_queries_in_order():
 
 def test_passages_cover_the_document():
     ids = np.arange(10)
-    assert [p.tolist() for p in rerank.split_passages(ids, 4, 3)] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-    assert [p.tolist() for p in rerank.split_passages(ids, 4, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [6, 7, 8, 9]]
-    assert len(rerank.split_passages(ids, 10, 3)) == 1 and len(rerank.split_passages(ids, 9, 3)) == 2
+    assert [p.tolist() for p in rerank.split_passages(ids, 4,
+                                                      3)] == [[0, 1, 2, 3], [3, 4, 5, 6],
+                                                              [6, 7, 8, 9]]
+    assert [p.tolist() for p in rerank.split_passages(ids, 4,
+                                                      4)] == [[0, 1, 2, 3], [4, 5, 6, 7],
+                                                              [6, 7, 8, 9]]
+    assert len(rerank.split_passages(ids, 10,
+                                     3)) == 1 and len(rerank.split_passages(ids, 9, 3)) == 2
 
 
 def test_maxp_is_the_best_passage(texts, model):
     model.doc_length, keep = 8, model.doc_length
     try:
-        candidates = {q: ranked for q, ranked in list(first(texts).items())[:4]}
+        candidates = dict(list(first(texts).items())[:4])
         scorer = rerank.PairScorer(model, texts, candidates, long_docs="max", stride=5)
         got = {q: s for block in scorer(rerank.blocks_of(candidates)) for q, s in block.items()}
         for qid, ranked in candidates.items():
@@ -227,13 +249,14 @@ def test_maxp_is_the_best_passage(texts, model):
             for docid in ranked:
                 words = documents[docid].split()  # one token a word in this vocabulary
                 starts = [0] if len(words) <= 8 else [*range(0, len(words) - 8, 5), len(words) - 8]
-                best = max(model.score([query], [" ".join(words[s : s + 8])]).item() for s in starts)
+                best = max(model.score([query], [" ".join(words[s : s + 8])]).item()
+                           for s in starts)
                 assert abs(got[qid][docid] - best) < 1e-5
         assert scorer.passages > scorer.pairs
         cut = rerank.PairScorer(model, texts, candidates)
         list(cut(rerank.blocks_of(candidates)))
-        assert cut.documents.truncated == {
-            d for ranked in candidates.values() for d in ranked if len(texts.documents([d])[d].split()) > 8}
+        assert cut.documents.truncated == {d for ranked in candidates.values() for d in ranked
+                                           if len(texts.documents([d])[d].split()) > 8}
     finally:
         model.doc_length = keep
 
@@ -257,7 +280,7 @@ def test_missing_documents_stop_or_are_counted(texts, model):
     assert "1 documents missing" in scorer.summary()
 
 
-# -------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_written_runs_keep_float32_exactly(tmp_path):
@@ -267,7 +290,8 @@ def test_written_runs_keep_float32_exactly(tmp_path):
     assert all(np.float32(back[f"d{i}"]) == s for i, s in enumerate(scores))
     lines = (tmp_path / "a.run").read_text().splitlines()
     assert [line.split()[3] for line in lines] == [str(i + 1) for i in range(50)]
-    assert [float(line.split()[4]) for line in lines] == sorted(map(float, back.values()), reverse=True)
+    assert [float(line.split()[4]) for line in lines] == sorted(
+        map(float, back.values()), reverse=True)
 
 
 def test_zipped_runs_have_the_same_bytes_every_time(tmp_path, monkeypatch):
@@ -297,9 +321,10 @@ def test_a_part_without_its_header_is_begun_again(tmp_path, texts, model, monkey
     def killed(_path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rerank.os, "fsync", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        rerank.write_in_blocks(out, {}, candidates, "t", rerank.PairScorer(model, texts, candidates))
+        rerank.write_in_blocks(out, {}, candidates, "t",
+                               rerank.PairScorer(model, texts, candidates))
     monkeypatch.undo()
     assert not (tmp_path / "x.run.part-0").exists()
     rerank.write_in_blocks(out, {}, candidates, "t", rerank.PairScorer(model, texts, candidates))
@@ -310,7 +335,8 @@ def test_an_interrupted_run_ends_as_the_uninterrupted(tmp_path, texts, model, mo
     monkeypatch.setattr(rerank.blocks_of, "__defaults__", (60,))
     candidates, plan = first(texts), {"model": "m"}
     whole, broken = tmp_path / "whole.run", tmp_path / "broken.run"
-    rerank.write_in_blocks(whole, plan, candidates, "t", rerank.PairScorer(model, texts, candidates))
+    rerank.write_in_blocks(whole, plan, candidates, "t",
+                           rerank.PairScorer(model, texts, candidates))
     assert not list(tmp_path.glob("*.part*"))
 
     class Killed(Exception):
@@ -343,38 +369,44 @@ def test_an_interrupted_run_ends_as_the_uninterrupted(tmp_path, texts, model, mo
     assert len(scored) == len(rerank.blocks_of(candidates)) - 4  # nothing is scored twice
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def test_command_writes_the_run(place, tmp_path, monkeypatch, capsys, model, texts):
     out = tmp_path / "out.run"
-    argv = ["--model", place / "model", "--dataset", place / "corpus", "--first-stage", "bm25", "--depth", 10]
+    argv = ["--model", place / "model", "--dataset", place / "corpus", "--first-stage", "bm25",
+            "--depth", 10]
     argv += ["--out", out]
     assert run(monkeypatch, *argv) == 0
-    candidates = rerank.bm25(texts, texts.queries, 10)
+    candidates = bm25(texts, texts.queries, 10)
     expected = rerank.score_run(model, texts, candidates)
     got = read_run(out)
     assert got.keys() == expected.keys()
     for qid in got:
-        assert {d: np.float32(s) for d, s in got[qid].items()} == {d: np.float32(s) for d, s in expected[qid].items()}
-    assert json.loads((tmp_path / "out.run.json").read_text())["pairs"] == sum(map(len, candidates.values()))
+        written = {d: np.float32(s) for d, s in got[qid].items()}
+        assert written == {d: np.float32(s) for d, s in expected[qid].items()}
+    pairs = json.loads((tmp_path / "out.run.json").read_text())["pairs"]
+    assert pairs == sum(map(len, candidates.values()))
     assert run(monkeypatch, *argv) == 2 and "--overwrite" in capsys.readouterr().err
     assert run(monkeypatch, *argv, "--overwrite") == 0
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_file(place, tmp_path):
     """Some blocks to each: the block size is cut, so that this corpus has several."""
     root = Path(rerank.__file__).resolve().parent
     script = tmp_path / "small_blocks.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(root)!r})\nimport rerank\n"
-                      "rerank.blocks_of.__defaults__ = (40,)\nsys.exit(rerank.guarded(rerank.main))\n")
+                      "rerank.blocks_of.__defaults__ = (40,)\n"
+                      "sys.exit(rerank.command.guarded(rerank.main))\n")
     rerank.write_run(tmp_path / "first.run", first(rerank.Texts(str(place / "corpus"))))
-    argv = [script, "--model", place / "model", "--dataset", place / "corpus", "--run", tmp_path / "first.run"]
+    argv = [script, "--model", place / "model", "--dataset", place / "corpus", "--run",
+            tmp_path / "first.run"]
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
     for runner, out in (([], "1.run"), (two, "2.run")):
         command = [sys.executable, *runner, *argv, "--device", "cpu", "--out", tmp_path / out]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=200,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
+                              timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "1.run").read_bytes() == (tmp_path / "2.run").read_bytes()
     assert len(read_run(tmp_path / "2.run")) == 20 and not list(tmp_path.glob("*.part*"))
@@ -392,33 +424,41 @@ def test_query_form(place, tmp_path, monkeypatch, capsys, model):
 
 
 def test_help_and_usage_need_no_torch(tmp_path):
-    code = "import sys; sys.modules['torch'] = None; import rerank; sys.exit(rerank.guarded(rerank.main))"
+    code = ("import sys; sys.modules['torch'] = None; import rerank; "
+            "sys.exit(rerank.command.guarded(rerank.main))")
     for flag, expected in (("--help", 0), ("--bogus", 2)):
-        done = subprocess.run([sys.executable, "-c", code, flag], cwd=Path(rerank.__file__).parent, capture_output=True,
-                              text=True)
+        done = subprocess.run([sys.executable, "-c", code, flag], cwd=Path(rerank.__file__).parent,
+                              capture_output=True, text=True)
         assert done.returncode == expected and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_run_goes_on(place, tmp_path):
     import resource
 
-    argv = [sys.executable, str(Path(rerank.__file__)), "--model", str(place / "model"), "--dataset",
-            f"{place / 'corpus'}/train", "--first-stage", "bm25", "--device", "cpu", "--out"]
-    how = dict(capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": str(place), "OMP_NUM_THREADS": "1"})
+    argv = [sys.executable, str(Path(rerank.__file__)), "--model", str(place / "model"),
+            "--dataset", f"{place / 'corpus'}/train", "--first-stage", "bm25", "--device", "cpu",
+            "--out"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(place), "OMP_NUM_THREADS": "1"}
+    how = dict(capture_output=True, text=True, env=environment)
     assert subprocess.run([*argv, "1.run"], cwd=tmp_path, **how).returncode == 0
-    full = subprocess.run([*argv, "2.run"], cwd=tmp_path, **how,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
-    assert full.returncode == 2 and full.stderr.splitlines()[-1].startswith("error: cannot write: File too large")
+    full = subprocess.run(
+        [*argv, "2.run"], cwd=tmp_path, **how,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    last = full.stderr.splitlines()[-1]
+    assert full.returncode == 2 and last.startswith("error: cannot write: File too large")
     assert not (tmp_path / "2.run").exists()
     assert subprocess.run([*argv, "2.run"], cwd=tmp_path, **how).returncode == 0
     assert (tmp_path / "2.run").read_bytes() == (tmp_path / "1.run").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_the_query_form(place, tmp_path):
     (tmp_path / "lines").write_text("kaba lodor\n" * 9)
-    process = subprocess.Popen([sys.executable, str(Path(rerank.__file__)), "--model", str(place / "model"), "--query",
-                                "kaba", str(tmp_path / "lines"), "--device", "cpu"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(Path(rerank.__file__)), "--model",
+                                str(place / "model"), "--query", "kaba", str(tmp_path / "lines"),
+                                "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 0
 
@@ -426,23 +466,36 @@ def test_a_reader_that_has_seen_enough_ends_the_query_form(place, tmp_path):
 BM25 = ["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "x.run"]
 
 
-@pytest.mark.parametrize("argv, word", [
-    (["--model", "no/such/model", "--query", "x", "f"], "no/such/model"),
-    (["--model", "MODEL", "--query", "x", "no-such-file"], "no-such-file"),
-    (["--model", "MODEL", "--dataset", "no/such", "--first-stage", "bm25", "--out", "x.run"], "no/such"),
-    (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "gone/x.run"], "gone"),
-    (["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "scoreddocs", "--out", "x.run"], "scoreddocs"),
-    ([], "--model"), (["--model", "MODEL"], "--dataset"), ([*BM25, "--bogus"], "--bogus"),
-    ([*BM25, "--run", "y.run"], "either --run"), ([*BM25, "--first-stage", "nope"], "nope"),
-    ([*BM25, "--depth", "-3"], "--depth"), ([*BM25, "--depth", "x"], "--depth"), ([*BM25, "--stride", "0"], "--stride"),
-    ([*BM25, "--max-tokens", "0"], "--max-tokens"), ([*BM25, "--query-length", "0"], "--query-length"),
-    ([*BM25, "--doc-length", "-4"], "--doc-length"), ([*BM25, "--device", "foo"], "--device"),
-    ([*BM25, "--out", "CORPUS", "--overwrite"], "a folder"), ([*BM25, "lines.txt"], "--query"),
-    (["--model", "MODEL", "--query", "x", "--out", "x.run"], "--query"),
-    (["--model", "MODEL", "--query", "x", "."], ".: Is a directory"),
-    (["--model", "MODEL", "--query", "x", "UTF16"], "UTF16:2: not UTF-8"),
-    (["--model", "MODEL", "--query", "x", "MODEL/model.safetensors"], "UTF-8"),
-])
+@pytest.mark.parametrize("argv, word", [(["--model", "no/such/model", "--query", "x", "f"],
+                                         "no/such/model"), (["--model", "MODEL", "--query", "x",
+                                                             "no-such-file"], "no-such-file"),
+                                        (["--model", "MODEL", "--dataset", "no/such",
+                                          "--first-stage", "bm25", "--out", "x.run"], "no/such"),
+                                        (["--model", "MODEL", "--dataset", "CORPUS",
+                                          "--first-stage", "bm25", "--out", "gone/x.run"], "gone"),
+                                        (["--model", "MODEL", "--dataset", "CORPUS",
+                                          "--first-stage", "scoreddocs", "--out", "x.run"],
+                                         "scoreddocs"), ([], "--model"),
+                                        (["--model", "MODEL"], "--dataset"),
+                                        ([*BM25, "--bogus"], "--bogus"),
+                                        ([*BM25, "--run", "y.run"], "either --run"),
+                                        ([*BM25, "--first-stage", "nope"], "nope"),
+                                        ([*BM25, "--depth", "-3"], "--depth"),
+                                        ([*BM25, "--depth", "x"], "--depth"),
+                                        ([*BM25, "--stride", "0"], "--stride"),
+                                        ([*BM25, "--max-tokens", "0"], "--max-tokens"),
+                                        ([*BM25, "--query-length", "0"], "--query-length"),
+                                        ([*BM25, "--doc-length", "-4"], "--doc-length"),
+                                        ([*BM25, "--device", "foo"], "--device"),
+                                        ([*BM25, "--out", "CORPUS", "--overwrite"], "a folder"),
+                                        ([*BM25, "lines.txt"], "--query"),
+                                        (["--model", "MODEL", "--query", "x", "--out", "x.run"],
+                                         "--query"), (["--model", "MODEL", "--query", "x", "."],
+                                                      ".: Is a directory"),
+                                        (["--model", "MODEL", "--query", "x", "UTF16"],
+                                         "UTF16:2: not UTF-8"),
+                                        (["--model", "MODEL", "--query", "x",
+                                          "MODEL/model.safetensors"], "UTF-8"),])
 def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, capsys, argv, word):
     monkeypatch.chdir(tmp_path)
     (place / "UTF16").write_bytes(b"kaba\n\xff\xfe\n")
@@ -457,15 +510,22 @@ def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, capsys, 
 def test_help_and_usage_errors_need_no_torch():
     for script in ("rerank", "teacher"):
         for flag, status in (("--help", 0), ("--nonsense", 2)):
-            done = subprocess.run([sys.executable, "-X", "importtime", f"{script}.py", flag], capture_output=True,
-                                  text=True, timeout=100, cwd=Path(rerank.__file__).parent)
-            assert done.returncode == status and "| numpy\n" in done.stderr and "| torch\n" not in done.stderr
+            done = subprocess.run([sys.executable, "-X", "importtime", f"{script}.py", flag],
+                                  capture_output=True, text=True, timeout=100,
+                                  cwd=Path(rerank.__file__).parent)
+            assert (
+                done.returncode == status
+                and "| numpy\n" in done.stderr
+                and "| torch\n" not in done.stderr
+            )
 
 
 def test_known_first_stage_of_scifact(shared_data):
-    """BM25 over SciFact's test queries: the figure of the collection's own run, made by the same library, is 0.6762."""
+    """BM25 over SciFact's test queries: the figure of the collection's own run, made by the same
+    library, is 0.6762."""
     import evaluate
 
     texts = rerank.Texts(str(shared_data / "scifact"))
-    got = rerank.bm25(texts, texts.queries, 100)
-    assert abs(evaluate.mean(evaluate.evaluate(texts.qrels, got, ["nDCG@10"]))["nDCG@10"] - 0.6762) < 0.01
+    got = bm25(texts, texts.queries, 100)
+    assert abs(evaluate.mean(evaluate.evaluate(texts.qrels, got, ["nDCG@10"]))["nDCG@10"]
+               - 0.6762) < 0.01

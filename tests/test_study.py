@@ -1,5 +1,7 @@
-"""The paper's grid, 9 backbones x 6 losses: its recipes, the same lists or documents for all, and every cell run."""
+"""The paper's grid, 9 backbones x 6 losses: its recipes, the same lists or documents for all, and
+every cell run (12 of them daily, all with `-m "slow or not slow"`)."""
 
+import itertools
 import json
 import math
 import os
@@ -13,22 +15,30 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import toy
 import transformers as hf
-from test_encoder import word_tokenizer
 
+import data.cache
 import evaluate
 import rerank
-import teacher
+import toy
 import train
+from data.first_stages import bm25
+from data.lists import FROM_TEACHER, Batches
+from data.model_card import model_card
+from data.run_folder import read_log
+from data.runs import read_run, write_run
+from data.texts import Texts
 from kernels import losses
-from kernels.encoder import CrossEncoder, load_tokenizer
+from kernels.encoder import CrossEncoder
+from kernels.tokenizers import load_tokenizer
+from test_encoder import word_tokenizer
+from training import run_main
 
 ROOT = Path(train.__file__).resolve().parent
 TOKENIZERS = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data")) / "tokenizers"
 
-# The configuration of arXiv 2603.03010, copied out by hand: hub id, batch B, learning rate, parameters in millions of
-# the layers (not the embeddings).
+# The configuration of arXiv 2603.03010, copied out by hand: hub id, batch B, learning rate,
+# parameters in millions of the layers (not the embeddings).
 BACKBONES = {
     "minilm": ("microsoft/MiniLM-L12-H384-uncased", 64, 7e-6, 21.3),
     "ettin-17m": ("jhu-clsp/ettin-encoder-17m", 64, 7e-6, 3.9),
@@ -42,22 +52,33 @@ BACKBONES = {
 }
 # lists per step of a batch of B, documents per list, depth of the lists, file, md5
 LOSSES = {
-    "bce": (lambda b: b, 2, None, "qidpidtriples.train.full.tsv.gz", "215a5204288820672f5e9451d9e202c5"),
-    "hinge": (lambda b: b, 2, None, "qidpidtriples.train.full.tsv.gz", "215a5204288820672f5e9451d9e202c5"),
+    "bce": (lambda b: b, 2, None, "qidpidtriples.train.full.tsv.gz",
+            "215a5204288820672f5e9451d9e202c5"),
+    "hinge": (lambda b: b, 2, None, "qidpidtriples.train.full.tsv.gz",
+              "215a5204288820672f5e9451d9e202c5"),
     "marginmse": (lambda b: b, 2, None, "bert_cat_ensemble_msmarcopassage_train_scores_ids.tsv",
                   "4d99696386f96a7f1631076bcc53ac3c"),
     "infonce": (lambda b: b // 8, 8, 500, "__colbert__msmarco-passage-train-judged.run",
                 "6ed152027f7270f32fcbfaaa6def951e"),
-    "ranknet": (lambda b: 1, 50, 50, "__rankzephyr-colbert-10000-sampled-50__msmarco-passage-train-judged.run",
+    "ranknet": (lambda b: 1, 50, 50,
+                "__rankzephyr-colbert-10000-sampled-50__msmarco-passage-train-judged.run",
                 "c37b78874d4893a00566ab40aa453c56"),
-    "adrmse": (lambda b: 1, 50, 50, "__rankzephyr-colbert-10000-sampled-50__msmarco-passage-train-judged.run",
+    "adrmse": (lambda b: 1, 50, 50,
+               "__rankzephyr-colbert-10000-sampled-50__msmarco-passage-train-judged.run",
                "c37b78874d4893a00566ab40aa453c56"),
 }
 FILES = {"bce": "docpairs", "hinge": "docpairs", "marginmse": "ensemble-t2", "infonce": "colbert",
          "ranknet": "rankzephyr-50", "adrmse": "rankzephyr-50"}
-NANO = ("arguana climate-fever dbpedia-entity fever fiqa hotpotqa msmarco nfcorpus nq quora scidocs scifact "
-        "webis-touche2020").split()
+NANO = ["arguana", "climate-fever", "dbpedia-entity", "fever", "fiqa", "hotpotqa", "msmarco",
+        "nfcorpus", "nq", "quora", "scidocs", "scifact", "webis-touche2020"]
 CELLS = [(backbone, loss) for backbone in BACKBONES for loss in LOSSES]
+# every backbone once or twice, every loss twice
+DAILY = [(list(BACKBONES)[i % 9], list(LOSSES)[i % 6]) for i in range(12)]
+
+
+def files_of(args) -> list[str]:
+    source = args.triples or args.lists
+    return train.files(args.backbone, args.dataset, source, args.eval_dataset)
 
 
 def test_every_cell_is_the_papers_recipe(tmp_path, monkeypatch):
@@ -67,9 +88,11 @@ def test_every_cell_is_the_papers_recipe(tmp_path, monkeypatch):
         hub, b, lr, millions = BACKBONES[backbone]
         lists, size, depth, file, md5 = LOSSES[loss]
         args = train.parse(["--backbone", backbone, "--loss", loss])
-        got = (args.dataset, args.batch_size, args.list_size, args.lr, args.steps, args.warmup, args.weight_decay,
-               args.clip, args.query_length, args.doc_length, args.eval_every, args.eval_measure)
-        assert got == ("msmarco-passage/train", lists(b), size, lr, 200_000, 5_000, 0.0, 1.0, 32, 256, 5_000, "RR@10")
+        got = (args.dataset, args.batch_size, args.list_size, args.lr, args.steps, args.warmup,
+               args.weight_decay, args.clip, args.query_length, args.doc_length, args.eval_every,
+               args.eval_measure)
+        assert got == ("msmarco-passage/train", lists(b), size, lr, 200_000, 5_000, 0.0, 1.0, 32,
+                       256, 5_000, "RR@10")
         assert sorted(args.eval_dataset) == [f"nano-beir/{name}" for name in NANO]
         assert args.random_share is None and args.eval_queries is None and args.eval_depth == 100
         assert depth is None or args.depth >= depth and (loss != "infonce" or args.depth == depth)
@@ -80,7 +103,7 @@ def test_every_cell_is_the_papers_recipe(tmp_path, monkeypatch):
         # a training step takes 6 operations per parameter and token, and some for attention
         tflop = float(re.search(r"([\d.]+) TFLOP a step", text)[1])
         assert tflop == pytest.approx(6e-12 * millions * 1e6 * 90 * documents, rel=0.15), backbone
-        lines = train.files(args)
+        lines = files_of(args)
         (source,) = (line for line in lines if file in line)
         assert md5 in source and source.endswith("not here")
         assert "1.058 GB, md5 31644046b18952c1386cd4564ba2ae69" in lines[1] and hub in lines[0]
@@ -90,13 +113,14 @@ def test_every_cell_is_the_papers_recipe(tmp_path, monkeypatch):
 
 def test_the_plan_says_what_is_here(tmp_path, monkeypatch):
     monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path))
-    for path in ("msmarco-passage/collection.tsv", "msmarco-passage/train/docpairs.tsv.gz", "teachers/__colbert__"
-                 "msmarco-passage-train-judged.run", *(f"nano-beir/nq/{p}.parquet" for p in ("corpus", "qrels"))):
+    for path in ("msmarco-passage/collection.tsv", "msmarco-passage/train/docpairs.tsv.gz",
+                 "teachers/__colbert__msmarco-passage-train-judged.run",
+                 "nano-beir/nq/corpus.parquet", "nano-beir/nq/qrels.parquet"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
 
     def here(loss):
-        lines = train.files(train.parse(["--backbone", "bert", "--loss", loss]))
+        lines = files_of(train.parse(["--backbone", "bert", "--loss", loss]))
         return [line.split(",")[0].split()[1] for line in lines if not line.endswith("not here")]
 
     assert here("bce") == ["collectionandqueries.tar.gz", "qidpidtriples.train.full.tsv.gz"]
@@ -111,7 +135,8 @@ def test_shared_negatives_mean_one_recipe_for_all_losses():
         seen = set()
         for loss in losses.LOSSES:
             args = train.parse(["--backbone", backbone, "--loss", loss, "--negatives", "shared"])
-            seen.add((args.lists, args.triples, args.depth, args.batch_size, args.list_size, args.steps, args.warmup))
+            seen.add((args.lists, args.triples, args.depth, args.batch_size, args.list_size,
+                      args.steps, args.warmup))
         assert seen == {("hf-monoelectra", None, 100, b // 8, 8, 200_000, 5_000)}
 
 
@@ -123,88 +148,110 @@ def test_equal_documents(backbone):
         documents = lists(b) * size
         assert 0 <= args.steps * documents - 200_000 * b < documents
         assert args.warmup == args.steps // 40 == args.eval_every
-        odd = train.parse(["--backbone", backbone, "--loss", loss, "--budget", "docs", "--steps", "1001"])
+        odd = train.parse(["--backbone", backbone, "--loss", loss, "--budget", "docs",
+                           "--steps", "1001"])
         assert odd.steps == math.ceil(1001 * b / documents)
-    assert "docs" in args.out.name and "budget" not in train.flags(args)
+    assert "docs" in args.out.name and "budget" not in train.result_flags(args)
 
 
-# --------------------------------------------------------------------------------------------- every cell, run
+# ---------------------------------------------------------------------------------- every cell, run
+
+
+def layers(number, **more):
+    return {"num_hidden_layers": number, **more}
+
+
+SMALL = dict(hidden_size=16, num_attention_heads=2, intermediate_size=24, num_labels=1,
+             initializer_range=0.2)
+DEBERTA = dict(relative_attention=True, position_buckets=256, pos_att_type="p2c|c2p",
+               share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
+               type_vocab_size=0)
+ETTIN = dict(classifier_pooling="mean", global_attn_every_n_layers=3)
+MODELS = {  # configuration, tokenizer, sizes
+    "minilm": (hf.BertConfig, "bert-uncased", layers(3)),
+    "bert": (hf.BertConfig, "bert-uncased", layers(2)),
+    "electra": (hf.ElectraConfig, "bert-uncased", layers(2, embedding_size=12)),
+    "roberta": (hf.RobertaConfig, "roberta-base",
+                layers(2, type_vocab_size=1, max_position_embeddings=514)),
+    "deberta": (hf.DebertaV2Config, "deberta-v3", layers(2, **DEBERTA)),
+    "ettin-17m": (hf.ModernBertConfig, "modernbert", layers(2, **ETTIN)),
+    "ettin-32m": (hf.ModernBertConfig, "modernbert", layers(3, **ETTIN)),
+    "ettin-68m": (hf.ModernBertConfig, "modernbert", layers(4, **ETTIN)),
+    "ettin-150m": (hf.ModernBertConfig, "modernbert", layers(5, **ETTIN)),
+}
+
+
+def small_model(backbone: str) -> CrossEncoder:
+    """Of random weights, with the backbone's own tokenizer where that is here."""
+    kind, name, sizes = MODELS[backbone]
+    if (TOKENIZERS / name).is_dir():
+        tokenizer = load_tokenizer(str(TOKENIZERS / name), kind())
+    else:
+        tokenizer = word_tokenizer(kind.model_type, toy.WORDS)
+    special = {f"{part}_token_id": getattr(tokenizer, f"{part}_token_id")
+               for part in ("pad", "cls", "sep")}
+    rows = len(tokenizer)
+    if rows == 128001:  # DeBERTa-v3's embedding has more rows than its tokenizer has tokens
+        rows = 128100
+    torch.manual_seed(0)
+    config = kind(**SMALL, **sizes, **special, vocab_size=rows)
+    return CrossEncoder(hf.AutoModelForSequenceClassification.from_config(config), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A corpus, the published files in small, and a small random model of each backbone with its own tokenizer."""
+    """A corpus, the published files in small, and a small model of each backbone."""
     folder = tmp_path_factory.mktemp("study")
-    caches = rerank.CACHE, train.CACHE
-    rerank.CACHE = train.CACHE = folder / "cache"
-    toy.corpus(folder / "corpus", queries=40)
-    texts = rerank.Texts(str(folder / "corpus"))
-    rng = np.random.default_rng(0)
-    run = {q: {d: float(s) for d, s in zip(ranked, rng.standard_normal(60), strict=False)}
-           for q, ranked in rerank.bm25(texts, texts.all_queries, 30).items()}
-    rerank.write_run(folder / "lists.run", run)
-    pairs = [(q, f"d{q[1:]}", d) for q, ranked in run.items() for d in ranked if d != f"d{q[1:]}"]
-    (folder / "pairs.tsv").write_text("".join(f"{q}\t{p}\t{n}\n" for q, p, n in pairs))
-    (folder / "scored.tsv").write_text("".join(f"{i % 7}\t{i % 5}\t{q}\t{p}\t{n}\n" for i, (q, p, n) in
-                                               enumerate(pairs)))
-    small = dict(hidden_size=16, num_attention_heads=2, intermediate_size=24, num_labels=1, initializer_range=0.2)
-    deberta = dict(relative_attention=True, position_buckets=256, pos_att_type="p2c|c2p", share_att_key=True,
-                   norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0)
-    ettin = [(name, hf.ModernBertConfig, "modernbert", dict(num_hidden_layers=layers, classifier_pooling="mean",
-                                                            global_attn_every_n_layers=3))
-             for name, layers in (("ettin-17m", 2), ("ettin-32m", 3), ("ettin-68m", 4), ("ettin-150m", 5))]
-    for name, kind, tokenizer, more in [
-        ("minilm", hf.BertConfig, "bert-uncased", dict(num_hidden_layers=3)),
-        ("bert", hf.BertConfig, "bert-uncased", dict(num_hidden_layers=2)),
-        ("electra", hf.ElectraConfig, "bert-uncased", dict(num_hidden_layers=2, embedding_size=12)),
-        ("roberta", hf.RobertaConfig, "roberta-base", dict(num_hidden_layers=2, type_vocab_size=1,
-                                                           max_position_embeddings=514)),
-        ("deberta", hf.DebertaV2Config, "deberta-v3", dict(num_hidden_layers=2, **deberta)),
-        *ettin,
-    ]:
-        own = TOKENIZERS / tokenizer
-        loaded = load_tokenizer(str(own), kind()) if own.is_dir() else word_tokenizer(kind.model_type, toy.WORDS)
-        special = {f"{part}_token_id": getattr(loaded, f"{part}_token_id") for part in ("pad", "cls", "sep")}
-        torch.manual_seed(0)
-        # DeBERTa-v3's embedding has more rows than its tokenizer has tokens, the others as many
-        config = kind(**small, **more, **special, vocab_size=max(len(loaded), 128100 * (len(loaded) == 128001)))
-        model = hf.AutoModelForSequenceClassification.from_config(config)
-        CrossEncoder(model, loaded).save_pretrained(folder / name)
-    yield folder
-    rerank.CACHE, train.CACHE = caches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.cache, "CACHE", folder / "cache")
+        toy.corpus(folder / "corpus", queries=40)
+        texts = Texts(str(folder / "corpus"))
+        rng, run = np.random.default_rng(0), {}
+        for qid, ranked in bm25(texts, texts.all_queries, 30).items():
+            run[qid] = dict(zip(ranked, rng.standard_normal(60).tolist(), strict=False))
+        write_run(folder / "lists.run", run)
+        pairs = [f"{qid}\td{qid[1:]}\t{docid}\n" for qid, ranked in run.items()
+                 for docid in ranked if docid != f"d{qid[1:]}"]
+        (folder / "pairs.tsv").write_text("".join(pairs))
+        scored = [f"{i % 7}\t{i % 5}\t{pair}" for i, pair in enumerate(pairs)]
+        (folder / "scored.tsv").write_text("".join(scored))
+        for backbone in MODELS:
+            small_model(backbone).save_pretrained(folder / backbone)
+        yield folder
 
 
-def command(script, *argv):
-    before, sys.argv = sys.argv, [script.__name__, *map(str, argv)]
-    try:
-        return rerank.guarded(script.main)
-    finally:
-        sys.argv = before
-
-
-@pytest.mark.parametrize("backbone, loss", CELLS)
-def test_every_cell_trains_reranks_and_evaluates(place, tmp_path, monkeypatch, capsys, backbone, loss):
-    """Two steps at the recipe's own batch and learning rate; then the model folder is re-ranked with and judged."""
+@pytest.mark.parametrize("backbone, loss", [
+    cell if cell in DAILY else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS])
+def test_every_cell_trains_reranks_and_evaluates(place, tmp_path, monkeypatch, capsys, backbone,
+                                                 loss):
+    """Two steps at the recipe's own batch and learning rate; then the model folder is re-ranked
+    with and judged."""
     published = {"docpairs": "pairs.tsv", "ensemble-t2": "scored.tsv"}
-    monkeypatch.setattr(teacher, "published", lambda name: place / published.get(name, "lists.run"))
-    monkeypatch.setitem(train.BACKBONES, backbone, (str(place / backbone), train.BACKBONES[backbone][1]))
+    monkeypatch.setattr(train, "published", lambda name: place / published.get(name, "lists.run"))
     _, b, lr, _ = BACKBONES[backbone]
     lists, size, *_ = LOSSES[loss]
+    group = train.BACKBONES[backbone][1]
+    monkeypatch.setitem(train.BACKBONES, backbone, (str(place / backbone), group))
     out = tmp_path / f"{backbone}-{loss}-seed1"
-    assert command(train, "--backbone", backbone, "--loss", loss, "--dataset", place / "corpus", "--steps", 2, "--out",
-                   out, "--triples" if size == 2 else "--lists", FILES[loss], "--dtype", "float32", "--device", "cpu",
-                   "--eval-depth", 5) == 0
-    rows = [json.loads(line) for line in open(out / "log.jsonl")]
-    assert [(row["step"], row["lr"]) for row in rows if "loss" in row] == [(1, lr), (2, lr / 2)]
-    assert all(0 < row["loss"] < 1e4 and row["grad_norm"] > 0 for row in rows if "loss" in row)
-    before, after = (safetensors.torch.load_file(f / "model.safetensors") for f in (place / backbone, out))
+    here = ["--dtype", "float32", "--device", "cpu"]
+    source = "--triples" if size == 2 else "--lists"
+    assert run_main(monkeypatch, train, "--backbone", backbone, "--loss", loss, "--dataset",
+                    place / "corpus", "--steps", 2, "--out", out, source, FILES[loss],
+                    "--eval-depth", 5, *here) == 0
+    rows = [row for row in read_log(out / "log.jsonl")[0] if "loss" in row]
+    assert [(row["step"], row["lr"]) for row in rows] == [(1, lr), (2, lr / 2)]
+    assert all(0 < row["loss"] < 1e4 and row["grad_norm"] > 0 for row in rows)
+    before, after = (safetensors.torch.load_file(folder / "model.safetensors")
+                     for folder in (place / backbone, out))
     assert before.keys() == after.keys()
-    # AdamW moves a weight by the learning rate in its first step and by at most about as much in its second
+    # AdamW moves a weight by the learning rate in its first step and by at most about as much in
+    # its second
     assert 0.95 * lr < max((after[k] - before[k]).abs().max() for k in after) < 1.55 * lr
     capsys.readouterr()
-    assert command(rerank, "--model", out, "--dataset", place / "corpus/test", "--first-stage", "bm25", "--depth", 10,
-                   "--out", out / "test.run", "--dtype", "float32", "--device", "cpu") == 0
-    texts, run = rerank.Texts(str(place / "corpus/test")), evaluate.read_run(out / "test.run")
+    assert run_main(monkeypatch, rerank, "--model", out, "--dataset", place / "corpus/test",
+                    "--first-stage", "bm25", "--depth", 10, "--out", out / "test.run",
+                    *here) == 0
+    texts, run = Texts(str(place / "corpus/test")), read_run(out / "test.run")
     assert run.keys() == texts.qrels.keys() and len(run) == 4
     model = CrossEncoder.from_pretrained(out, dtype="float32", device="cpu").eval()
     reciprocal = 0.0
@@ -213,31 +260,36 @@ def test_every_cell_trains_reranks_and_evaluates(place, tmp_path, monkeypatch, c
         scores = model.score([texts.queries[qid]] * len(ranked), [documents[d] for d in ranked])
         assert scores.tolist() == pytest.approx(list(ranked.values()), abs=1e-5)
         order = sorted(ranked, key=lambda d: (ranked[d], d), reverse=True)
-        reciprocal += sum(1 / (order.index(d) + 1) for d in texts.qrels[qid] if d in order) / len(run)
-    assert command(evaluate, "--dataset", place / "corpus/test", out / "test.run", "--measures", "RR@10") == 0
+        ranks = [order.index(docid) + 1 for docid in texts.qrels[qid] if docid in order]
+        reciprocal += sum(1 / rank for rank in ranks) / len(run)
+    assert run_main(monkeypatch, evaluate, "--dataset", place / "corpus/test", out / "test.run",
+                    "--measures", "RR@10") == 0
     assert f"{reciprocal:.4f}" in capsys.readouterr().out
 
 
 def test_shared_lists_are_drawn_alike_whatever_the_loss_and_the_budget(place):
-    """From the command line to the batches: ids of every list, the documents per step and the number of updates."""
+    """From the command line to the batches: ids of every list, the documents per step and the
+    number of updates."""
     drawn = {}
-    for loss in losses.LOSSES:
-        for budget in ("steps", "docs"):
-            args = train.parse(["--backbone", str(place / "bert"), "--loss", loss, "--dataset", str(place / "corpus"),
-                                "--lists", str(place / "lists.run"), "--negatives", "shared", "--budget", budget,
-                                "--steps", "60"])
-            texts = rerank.Texts(args.dataset, split="train")
-            source = train.open_source(args, texts)
-            batches = train.Batches(source, texts, lambda texts, length: texts, args, 0, 1)
-            drawn[loss, budget] = args.steps, [[item[:3] for item in batches.ids(k)] for k in range(30)]
-            targets = {target for k in range(30) for item in batches.ids(k) for target in item[3]}
-            assert (targets == {0.0, 1.0}) == (loss not in train.FROM_TEACHER)
+    for loss, budget in itertools.product(losses.LOSSES, ("steps", "docs")):
+        args = train.parse(["--backbone", str(place / "bert"), "--loss", loss, "--dataset",
+                            str(place / "corpus"), "--lists", str(place / "lists.run"),
+                            "--negatives", "shared", "--budget", budget, "--steps", "60"])
+        texts = Texts(args.dataset, split="train")
+        batches = Batches(train.open_source(args, texts), texts, None, size=args.batch_size,
+                          seed=args.seed, query_length=args.query_length,
+                          doc_length=args.doc_length)
+        ids = [batches.ids(k) for k in range(30)]
+        drawn[loss, budget] = args.steps, [[item[:3] for item in step] for step in ids]
+        targets = {target for step in ids for *_, values in step for target in values}
+        assert (targets == {0.0, 1.0}) == (loss not in FROM_TEACHER)
     steps, lists = drawn["bce", "steps"]
-    assert steps == 60 and {len(step) for step in lists} == {4} and {len(d) for s in lists for _, _, d in s} == {8}
+    assert steps == 60 and {len(step) for step in lists} == {4}
+    assert {len(docids) for step in lists for _, _, docids in step} == {8}
     assert all(other == drawn["bce", "steps"] for other in drawn.values())
 
 
-# ------------------------------------------------------------------------------------------ the README's loops
+# ------------------------------------------------------------------------------- the README's loops
 
 
 STUB = """#!/usr/bin/env bash
@@ -257,7 +309,8 @@ def study_section():
 
 
 def test_the_loops_of_the_readme(place, tmp_path, capsys):
-    """Run by bash with a `python` that only notes what it is called with and makes the files that it should."""
+    """Run by bash with a `python` that only notes what it is called with and makes the files that
+    it should."""
     first, training, judging = re.findall(r"```bash\n(.*?)```", study_section(), re.DOTALL)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(STUB)
@@ -266,8 +319,10 @@ def test_the_loops_of_the_readme(place, tmp_path, capsys):
 
     def bash(script, fail=""):
         calls.unlink(missing_ok=True)
-        env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "FAIL": fail}
-        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+        env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+               "CALLS": str(calls), "FAIL": fail}
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True,
+                              text=True)
         assert not done.stderr
         return [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
 
@@ -275,12 +330,15 @@ def test_the_loops_of_the_readme(place, tmp_path, capsys):
     assert len(bash(first, fail="130")) == 1  # Ctrl-C ends the loop, not the command alone
     assert len(bash(first)) == len(suite) == 22
     assert bash(first) == []  # all made: nothing to do
-    assert {f.name for f in (tmp_path / "first").iterdir()} == {f"{d.replace('/', '-')}.run.gz" for d in suite}
+    assert {f.name for f in (tmp_path / "first").iterdir()} == {
+        f"{d.replace('/', '-')}.run.gz" for d in suite}
 
     assert len(bash(training, fail="143")) == 1
     made = bash(training)
-    cells = {(a.backbone, a.loss, a.seed, str(a.out)) for a in (train.parse(call[1:]) for call in made) if a.resume}
-    assert cells == {(b, loss, s, f"runs/{b}-{loss}-seed{s}") for b, loss in CELLS for s in (1, 2, 3)}
+    cells = {(a.backbone, a.loss, a.seed, str(a.out))
+             for a in (train.parse(call[1:]) for call in made) if a.resume}
+    assert cells == {(b, loss, s, f"runs/{b}-{loss}-seed{s}") for b, loss in CELLS
+                     for s in (1, 2, 3)}
     assert {f.name for f in (tmp_path / "runs").glob("*/*")} == {"README.md"}
 
     for folder in (tmp_path / "runs").iterdir():
@@ -297,26 +355,28 @@ def test_the_loops_of_the_readme(place, tmp_path, capsys):
 
     # what makes the first stages, for real
     code = re.search(r"make_first='(.*?)'", first, re.DOTALL)[1]
-    done = subprocess.run([sys.executable, "-c", code, place / "corpus/test", tmp_path / "bm25.run.gz", "bm25"],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-c", code, place / "corpus/test",
+                           tmp_path / "bm25.run.gz", "bm25"], cwd=ROOT, capture_output=True,
+                          text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    texts = rerank.Texts(str(place / "corpus/test"))
-    assert evaluate.read_run(tmp_path / "bm25.run.gz") == rerank.bm25(texts, texts.queries, 1000)
+    texts = Texts(str(place / "corpus/test"))
+    assert read_run(tmp_path / "bm25.run.gz") == bm25(texts, texts.queries, 1000)
 
 
 def test_the_hours_of_the_readme_are_those_of_the_formulas(capsys):
-    from kernels.bench import roofline
+    from bench import roofline
 
     roofline.main(["--study"])
     printed = capsys.readouterr().out.strip()
     assert printed in study_section()
-    # BERT, infonce: 32 pairs of 90 tokens a step, bound by bytes: 12 layers x 2,880 tokens x 2 (18 x 768 + 4 x 3072)
-    # x 3, and 36 a parameter; 40 validations of 649 x 100 pairs, their bytes or operations in blocks of 1,000 pairs
+    # BERT, infonce: 32 pairs of 90 tokens a step, bound by bytes: 12 layers x 2,880 tokens x 2 (18
+    # x 768 + 4 x 3072) x 3, and 36 a parameter; 40 validations of 649 x 100 pairs, their bytes or
+    # operations in blocks of 1,000 pairs
     body, embeddings = 12 * (4 * 768**2 + 2 * 768 * 3072) + 768**2, 30522 * 768
     token = 12 * 2 * (18 * 768 + 4 * 3072)
     step, block = 2880 * token * 3 + 36 * (body + embeddings), 90_000 * token + 2 * body
-    operations = 1000 * (11 * 90 * (8 * 768**2 + 4 * 768 * 3072 + 4 * 768 * 90) + 90 * 4 * 768**2 + 4 * 768**2
-                         + 4 * 768 * 3072 + 4 * 768 * 90 + 2 * 768**2)
+    operations = 1000 * (11 * 90 * (8 * 768**2 + 4 * 768 * 3072 + 4 * 768 * 90) + 90 * 4 * 768**2
+                         + 4 * 768**2 + 4 * 768 * 3072 + 4 * 768 * 90 + 2 * 768**2)
     scoring = max(block / 3e12, operations / 800e12) / 1000
     hours = (200_000 * step / 3e12 + 40 * 64_900 * scoring) / 3600
     again = 44_430_000 * scoring / 3600
@@ -325,28 +385,35 @@ def test_the_hours_of_the_readme_are_those_of_the_formulas(capsys):
     assert row.split(" | ")[6] == f"{16 * (body + embeddings) / 1e9:.1f} |"
 
 
-# ----------------------------------------------------------------------------------------- the card and the logs
+# ---------------------------------------------------------------------------- the card and the logs
 
 
-def test_model_card(place, tmp_path):
+def small_run(place, out) -> list:
+    return ["--backbone", place / "bert", "--dataset", place / "corpus", "--steps", 2, "--out",
+            out, "--dtype", "float32", "--device", "cpu"]
+
+
+def test_model_card(place, tmp_path, monkeypatch):
     from huggingface_hub import ModelCard
 
     out = tmp_path / "run"
-    assert command(train, "--backbone", place / "bert", "--dataset", place / "corpus", "--steps", 2, "--out", out,
-                   "--eval-every", 1, "--dtype", "float32", "--device", "cpu") == 0
+    assert run_main(monkeypatch, train, *small_run(place, out), "--eval-every", 1) == 0
     card = ModelCard.load(out / "README.md")
     data = card.data.to_dict()
-    assert data == {"library_name": "sentence-transformers", "pipeline_tag": "text-ranking", "license": "other",
-                    "license_name": "see-training-data", "tags": ["cross-encoder", "reranker"]}
+    assert data == {"library_name": "sentence-transformers", "pipeline_tag": "text-ranking",
+                    "license": "other", "license_name": "see-training-data",
+                    "tags": ["cross-encoder", "reranker"]}
     parts = dict(re.findall(r"^## (.+?)\n\n(.*?)(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL))
     assert list(parts) == ["Training data", "Recipe", "Results", "Use", "Limits"]
     assert "user's own" in parts["Training data"] and "4 lists of 8 documents" in parts["Recipe"]
-    rows = [json.loads(line) for line in open(out / "log.jsonl")]
+    rows, _ = read_log(out / "log.jsonl")
     best = max(row["score"] for row in rows if "score" in row)
-    assert f"| {place / 'corpus' / 'dev'} | {best:.4f} |" in parts["Results"] and "BM25" in parts["Results"]
+    assert f"| {place / 'corpus' / 'dev'} | {best:.4f} |" in parts["Results"]
+    assert "BM25" in parts["Results"]
     assert re.search(r"\| run +\| +nDCG@10 \| +RR@10 \| +AP \|", parts["Results"])
     assert "32 tokens" in parts["Limits"] and "256" in parts["Limits"]
-    expected = CrossEncoder.from_pretrained(out, dtype="float32", device="cpu").eval().score(["query"], ["document"])
+    trained = CrossEncoder.from_pretrained(out, dtype="float32", device="cpu").eval()
+    expected = trained.score(["query"], ["document"])
     ours, theirs = re.findall(r"```python\n(.*?)```", parts["Use"], re.DOTALL)
     scope = {}
     exec(theirs, scope)
@@ -359,28 +426,34 @@ def test_model_card(place, tmp_path):
 def test_card_of_a_cell_names_its_backbone_and_the_terms_of_ms_marco(tmp_path):
     from huggingface_hub import ModelCard
 
-    args = train.parse(["--backbone", "deberta", "--loss", "marginmse", "--out", str(tmp_path)])
-    card = ModelCard(train.model_card(args, [], ""))
-    assert card.data.base_model == "microsoft/deberta-v3-base" and card.data.datasets == ["microsoft/ms_marco"]
-    assert "non-commercial" in card.text and "ensemble-t2" in card.text and "Not validated" in card.text
+    def card_of(*words, history=()):
+        args = train.parse([*words, "--out", str(tmp_path)])
+        flags, plan = train.result_flags(args), train.plan(args)
+        return ModelCard(model_card(tmp_path, flags, plan, history, ""))
+
+    cell = ["--backbone", "deberta", "--loss", "marginmse"]
+    card = card_of(*cell)
+    assert card.data.base_model == "microsoft/deberta-v3-base"
+    assert card.data.datasets == ["microsoft/ms_marco"]
+    assert all(part in card.text for part in ("non-commercial", "ensemble-t2", "Not validated"))
     history = [[5_000, 0.2], [10_000, 0.7], [15_000, 0.7], [20_000, 0.6]]
     with open(tmp_path / "log.jsonl", "w") as log:
         for step, score in history:
             for row in ({"loss": 1.0}, {"score": score, "nano-beir/nq": score + 0.1 + step * 1e-6}):
                 print(json.dumps({"step": step, **row}), file=log)
-    text = train.model_card(args, history, "")
+    text = card_of(*cell, history=history).text
     assert "Step 10,000 is kept" in text and "| nano-beir/nq | 0.8100 |\n| mean | 0.7000 |" in text
-    args = train.parse(["--backbone", "tiny", "--out", str(tmp_path)])
-    card = ModelCard(train.model_card(args, [], ""))
+    card = card_of("--backbone", "tiny")
     assert card.data.base_model is None and "PSF" in card.text and "BSD-3-Clause" in card.text
 
 
-@pytest.mark.parametrize("log, word", [("jsonl,tensorboard", "pip install tensorboard"), ("wandb", "pip install wandb"),
+@pytest.mark.parametrize("log, word", [("jsonl,tensorboard", "pip install tensorboard"),
+                                       ("wandb", "pip install wandb"),
                                        ("jsonl,csv", "'csv' is none of")])
-def test_a_log_that_cannot_be_written_stops_before_anything_is_made(place, tmp_path, monkeypatch, capsys, log, word):
+def test_a_log_that_cannot_be_written_stops_before_anything_is_made(
+        place, tmp_path, monkeypatch, capsys, log, word):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    assert command(train, "--backbone", place / "bert", "--dataset", place / "corpus", "--out", tmp_path / "run",
-                   "--log", log) == 2
+    assert run_main(monkeypatch, train, *small_run(place, tmp_path / "run"), "--log", log) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: --log") and word in error and not (tmp_path / "run").exists()
 
@@ -390,21 +463,21 @@ def test_wandb_gets_the_rows_of_the_log(place, tmp_path, monkeypatch):
                                        "def log(row, step): rows.append((step, row))\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert command(train, "--backbone", place / "bert", "--dataset", place / "corpus", "--steps", 2, "--out",
-                   tmp_path / "run", "--log", "jsonl,wandb", "--device", "cpu") == 0
+    words = small_run(place, tmp_path / "run")
+    assert run_main(monkeypatch, train, *words, "--log", "jsonl,wandb") == 0
     begun, *rows = sys.modules.pop("wandb").rows
     assert begun["name"] == "run" and begun["config"]["loss"] == "infonce"
-    logged = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    logged, _ = read_log(tmp_path / "run/log.jsonl")
     assert rows == [(row["step"], row) for row in logged] and len(rows) == 3
 
 
-def test_tensorboard_gets_the_rows_of_the_log(place, tmp_path):
+def test_tensorboard_gets_the_rows_of_the_log(place, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert command(train, "--backbone", place / "bert", "--dataset", place / "corpus", "--steps", 2, "--out",
-                   tmp_path / "run", "--log", "tensorboard", "--device", "cpu") == 0
+    words = small_run(place, tmp_path / "run")
+    assert run_main(monkeypatch, train, *words, "--log", "tensorboard") == 0
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    logged = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    logged, _ = read_log(tmp_path / "run/log.jsonl")
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [
         (row["step"], pytest.approx(row["loss"])) for row in logged if "loss" in row]

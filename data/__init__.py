@@ -1,0 +1,1 @@
+"""What is read and written: runs, texts, first stages, lists. Knows nothing of models."""

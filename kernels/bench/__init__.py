@@ -1,1 +1,0 @@
-"""Benchmarks: `python -m kernels.bench NAME`. One module each; every figure is a ratio of both sides of one run."""
