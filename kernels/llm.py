@@ -86,8 +86,8 @@ class LanguageModel:
         stop = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         how = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=stop,
                                pad_token_id=self.tokenizer.pad_token_id)
-        batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
         with from_hub(self.name, "run: "), torch.inference_mode():
+            batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
             out = self.model.generate(**batch.to(self.model.device), generation_config=how)
         stops, answers = set(stop if isinstance(stop, list) else [stop]), []
         for row in out[:, batch["input_ids"].shape[1] :].tolist():

@@ -316,3 +316,16 @@ def test_a_model_that_fails_at_its_first_batch(graded, llm_folder, monkeypatch, 
     assert command(monkeypatch, graded, llm_folder, tmp_path / "t.run") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {llm_folder}: cannot be ") and "index out of range" in error
+
+
+@pytest.mark.parametrize("command", [local, pointwise])
+def test_a_tokenizer_without_padding(graded, llm_folder, monkeypatch, tmp_path, capsys,
+                                     command):
+    folder = tmp_path / "llm"
+    shutil.copytree(llm_folder, folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"pad_token": None, "eos_token": None}
+    file.write_text(json.dumps(settings))
+    assert command(monkeypatch, graded, folder, tmp_path / "t.run") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {folder}: cannot be ") and "padding token" in error
