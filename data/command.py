@@ -269,7 +269,8 @@ class Stop:
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Inside, this process alone writes `out`. The system gives the lock beside it back when the
-    process ends, by whatever cause; forked workers do not inherit it. BadInput names its holder."""
+    process ends, by whatever cause; forked workers do not inherit it. BadInput names its holder
+    (the library filelock empties the file that does)."""
     path = out.resolve().parent / f".{out.resolve().name}.lock"
     if not path.parent.is_dir():
         raise BadInput(f"{out}: the folder {out.parent} does not exist")

@@ -57,21 +57,22 @@ def test_folder_is_read_as_written(place, texts):
     rows = [json.loads(line) for line in lines]
     assert texts.documents([r["_id"] for r in rows]) == {r["_id"]: r["text"] for r in rows}
     assert dict(texts.corpus()) == {r["_id"]: r["text"] for r in rows} and len(texts) == 60
-    assert texts.documents(["nowhere", "d3"]).keys() == {"d3"} and texts.missing(
-        ["nowhere", "d3"]) == ["nowhere"]
-    assert texts.queries.keys() == texts.qrels.keys() == {"q9",
-                                                          "q19"} and len(texts.all_queries) == 20
+    assert texts.documents(["nowhere", "d3"]).keys() == {"d3"}
+    assert texts.missing(["nowhere", "d3"]) == ["nowhere"]
+    assert texts.queries.keys() == texts.qrels.keys() == {"q9", "q19"}
+    assert len(texts.all_queries) == 20
     assert rerank.Texts(f"{place / 'corpus'}/train").split == "train"
 
 
 def test_long_and_titled_documents(tmp_path):
     long = "wörd " * 9000
-    (tmp_path / "corpus.jsonl").write_text(
-        json.dumps({"_id": "a", "title": "Title", "text": long}, ensure_ascii=False)
-        + "\n" + json.dumps({"_id": "b", "title": "", "text": "last line without a newline"}))
+    last = "last line without a newline"
+    rows = [{"_id": "a", "title": "Title", "text": long}, {"_id": "b", "title": "", "text": last}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "q"}\n')
-    assert rerank.Texts(str(tmp_path)).documents("ab") == {"a": f"Title {long}",
-                                                           "b": "last line without a newline"}
+    expected = {"a": f"Title {long}", "b": last}
+    assert rerank.Texts(str(tmp_path)).documents("ab") == expected
 
 
 GOOD = {"corpus.jsonl": b'{"_id": "a", "text": "x"}\n',
@@ -81,13 +82,11 @@ GOOD = {"corpus.jsonl": b'{"_id": "a", "text": "x"}\n',
 
 @pytest.mark.parametrize("name, content, where, what", [
     ("corpus.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "b"\n', "corpus.jsonl:2", "JSON"),
-    ("corpus.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "a", "text": '
-                     b'"y"}\n', "corpus.jsonl:2", "twice"),
+    ("corpus.jsonl", 2 * GOOD["corpus.jsonl"], "corpus.jsonl:2", "twice"),
     ("corpus.jsonl", b'{"_id": 7, "text": "x"}\n', "corpus.jsonl:1", "strings"),
     ("corpus.jsonl", b'{"_id": "a", "text": "\xff"}\n', "corpus.jsonl:1", "UTF-8"),
     ("corpus.jsonl", gzip.compress(GOOD["corpus.jsonl"]), "corpus.jsonl:1", "gzip|UTF-8"),
-    ("queries.jsonl", b'{"_id": "1", "text": "q"}\n{"_id": "1", "text": '
-                      b'"r"}\n', "queries.jsonl:2", "twice"),
+    ("queries.jsonl", 2 * GOOD["queries.jsonl"], "queries.jsonl:2", "twice"),
     ("qrels/test.tsv", b"query-id\tcorpus-id\tscore\n1\ta\n", "test.tsv:2", "column|field"),
     ("qrels/test.tsv", b"query-id\tcorpus-id\tscore\n2\ta\t1\n", "test.tsv", "'2'"),
 ])
@@ -159,8 +158,8 @@ def test_splade_is_the_inner_product_of_the_term_weights(place, texts, tmp_path)
 
     def vector(text):
         with torch.no_grad():
-            return torch.log1p(mlm(**tokenizer(text, return_tensors="pt")).logits[
-                0].double().relu()).amax(0)
+            logits = mlm(**tokenizer(text, return_tensors="pt")).logits[0].double()
+        return torch.log1p(logits.relu()).amax(0)
 
     documents = {d: vector(t) for d, t in texts.corpus()}
     for again in range(2):  # the second time from the cache
@@ -176,8 +175,8 @@ def test_splade_is_the_inner_product_of_the_term_weights(place, texts, tmp_path)
 
 
 def test_ties_go_by_docid_descending():
-    assert best_first([("a", 1.0), ("c", 1.0), ("b", 2.0), ("d10", 1.0), ("d9", 1.0)]) == [
-        ("b", 2.0), ("d9", 1.0), ("d10", 1.0), ("c", 1.0), ("a", 1.0)]
+    ranked = best_first([("a", 1.0), ("c", 1.0), ("b", 2.0), ("d10", 1.0), ("d9", 1.0)])
+    assert ranked == [("b", 2.0), ("d9", 1.0), ("d10", 1.0), ("c", 1.0), ("a", 1.0)]
 
 
 def test_ids_of_a_run_are_checked(tmp_path, texts):
@@ -228,14 +227,13 @@ def test_blocks_hold_whole_queries_in_order():
 
 def test_passages_cover_the_document():
     ids = np.arange(10)
-    assert [p.tolist() for p in rerank.split_passages(ids, 4,
-                                                      3)] == [[0, 1, 2, 3], [3, 4, 5, 6],
-                                                              [6, 7, 8, 9]]
-    assert [p.tolist() for p in rerank.split_passages(ids, 4,
-                                                      4)] == [[0, 1, 2, 3], [4, 5, 6, 7],
-                                                              [6, 7, 8, 9]]
-    assert len(rerank.split_passages(ids, 10,
-                                     3)) == 1 and len(rerank.split_passages(ids, 9, 3)) == 2
+
+    def passages(length, stride):
+        return [p.tolist() for p in rerank.split_passages(ids, length, stride)]
+
+    assert passages(4, 3) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert passages(4, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [6, 7, 8, 9]]
+    assert len(passages(10, 3)) == 1 and len(passages(9, 3)) == 2
 
 
 def test_maxp_is_the_best_passage(texts, model):
@@ -463,39 +461,36 @@ def test_a_reader_that_has_seen_enough_ends_the_query_form(place, tmp_path):
     assert process.stderr.read() == "" and process.wait() == 0
 
 
-BM25 = ["--model", "MODEL", "--dataset", "CORPUS", "--first-stage", "bm25", "--out", "x.run"]
+TO_X = ["--model", "MODEL", "--dataset", "CORPUS", "--out", "x.run"]
+BM25 = [*TO_X, "--first-stage", "bm25"]
+QUERY = ["--model", "MODEL", "--query", "x"]
 
 
-@pytest.mark.parametrize("argv, word", [(["--model", "no/such/model", "--query", "x", "f"],
-                                         "no/such/model"), (["--model", "MODEL", "--query", "x",
-                                                             "no-such-file"], "no-such-file"),
-                                        (["--model", "MODEL", "--dataset", "no/such",
-                                          "--first-stage", "bm25", "--out", "x.run"], "no/such"),
-                                        (["--model", "MODEL", "--dataset", "CORPUS",
-                                          "--first-stage", "bm25", "--out", "gone/x.run"], "gone"),
-                                        (["--model", "MODEL", "--dataset", "CORPUS",
-                                          "--first-stage", "scoreddocs", "--out", "x.run"],
-                                         "scoreddocs"), ([], "--model"),
-                                        (["--model", "MODEL"], "--dataset"),
-                                        ([*BM25, "--bogus"], "--bogus"),
-                                        ([*BM25, "--run", "y.run"], "either --run"),
-                                        ([*BM25, "--first-stage", "nope"], "nope"),
-                                        ([*BM25, "--depth", "-3"], "--depth"),
-                                        ([*BM25, "--depth", "x"], "--depth"),
-                                        ([*BM25, "--stride", "0"], "--stride"),
-                                        ([*BM25, "--max-tokens", "0"], "--max-tokens"),
-                                        ([*BM25, "--query-length", "0"], "--query-length"),
-                                        ([*BM25, "--doc-length", "-4"], "--doc-length"),
-                                        ([*BM25, "--device", "foo"], "--device"),
-                                        ([*BM25, "--out", "CORPUS", "--overwrite"], "a folder"),
-                                        ([*BM25, "lines.txt"], "--query"),
-                                        (["--model", "MODEL", "--query", "x", "--out", "x.run"],
-                                         "--query"), (["--model", "MODEL", "--query", "x", "."],
-                                                      ".: Is a directory"),
-                                        (["--model", "MODEL", "--query", "x", "UTF16"],
-                                         "UTF16:2: not UTF-8"),
-                                        (["--model", "MODEL", "--query", "x",
-                                          "MODEL/model.safetensors"], "UTF-8"),])
+@pytest.mark.parametrize("argv, word", [
+    ([], "--model"),
+    (["--model", "MODEL"], "--dataset"),
+    (["--model", "no/such/model", "--query", "x", "f"], "no/such/model"),
+    ([*BM25, "--dataset", "no/such"], "no/such"),
+    ([*BM25, "--out", "gone/x.run"], "gone"),
+    ([*BM25, "--out", "CORPUS", "--overwrite"], "a folder"),
+    ([*TO_X, "--first-stage", "scoreddocs"], "scoreddocs"),
+    ([*TO_X, "--first-stage", "nope"], "nope"),
+    ([*BM25, "--bogus"], "--bogus"),
+    ([*BM25, "--run", "y.run"], "either --run"),
+    ([*BM25, "--depth", "-3"], "--depth"),
+    ([*BM25, "--depth", "x"], "--depth"),
+    ([*BM25, "--stride", "0"], "--stride"),
+    ([*BM25, "--max-tokens", "0"], "--max-tokens"),
+    ([*BM25, "--query-length", "0"], "--query-length"),
+    ([*BM25, "--doc-length", "-4"], "--doc-length"),
+    ([*BM25, "--device", "foo"], "--device"),
+    ([*BM25, "lines.txt"], "--query"),
+    ([*QUERY, "--out", "x.run"], "--query"),
+    ([*QUERY, "no-such-file"], "no-such-file"),
+    ([*QUERY, "."], ".: Is a directory"),
+    ([*QUERY, "UTF16"], "UTF16:2: not UTF-8"),
+    ([*QUERY, "MODEL/model.safetensors"], "UTF-8"),
+])
 def test_bad_input_is_one_line_and_exit_2(place, tmp_path, monkeypatch, capsys, argv, word):
     monkeypatch.chdir(tmp_path)
     (place / "UTF16").write_bytes(b"kaba\n\xff\xfe\n")
