@@ -98,6 +98,10 @@ class Lists:
         start, end = int(self.run.starts[i]), int(self.run.starts[i + 1])
         return dict(zip(self.run.docids[start:end].to_pylist(), range(start, end), strict=True))
 
+    def _rows(self, i: int) -> np.ndarray:
+        """The rows of the run that are query i's."""
+        return np.arange(self.run.starts[i], self.run.starts[i + 1])
+
     def _labelled(self, i: int) -> tuple[list, np.ndarray, int]:
         """(relevant documents with their scores, rows of its negatives, documents of a list) of
         query i, for lists of one relevant document and others."""
@@ -107,8 +111,8 @@ class Lists:
             raise LeftOut("no relevant document")
         if self.shared and not inside:
             raise LeftOut("the relevant document is not among the candidates")
-        rows = np.fromiter(row_of.values(), np.int64)
-        rows = rows[~np.isin(rows, [row_of[d] for d in inside])]
+        rows = self._rows(i)
+        rows = np.delete(rows, [row_of[d] - rows[0] for d in inside])
         if self.max_margin is not None and inside:
             lowest = min(self.run.values[row_of[d]] for d in inside)
             kept = rows[self.run.values[rows] <= lowest - self.max_margin]
@@ -119,22 +123,21 @@ class Lists:
             others = len(self.corpus) - len(relevant)
         if others < 1:
             raise LeftOut("no candidate that is not relevant")
-        self._learns(row_of)
+        self._learns(i)
         return (self._scored(inside if self.shared else relevant, row_of), rows,
                 min(self.size, 1 + others))
 
     def _ranked(self, i: int) -> tuple[list, np.ndarray, int]:
         """The same for lists of candidates in a teacher's order: rows are all of them."""
-        row_of = self._row_of(i)
-        if len(row_of) < 2:
+        row_of, rows = self._row_of(i), self._rows(i)
+        if len(rows) < 2:
             raise LeftOut("fewer than two candidates")
-        self._learns(row_of)
-        rows = np.fromiter(row_of.values(), np.int64)
+        self._learns(i)
         positives = self._scored(self.relevant[self.run.qids[i]], row_of)
         return positives, rows, min(self.size, len(rows))
 
-    def _learns(self, row_of: dict[str, int]) -> None:
-        if self.loss == "ranknet" and np.ptp(self.scores[list(row_of.values())]) == 0:
+    def _learns(self, i: int) -> None:
+        if self.loss == "ranknet" and np.ptp(self.scores[self._rows(i)]) == 0:
             raise LeftOut("the teacher's scores all tie")
 
     def _scored(self, docids: list[str], row_of: dict[str, int]) -> list[tuple[str, float]]:
