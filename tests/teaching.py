@@ -35,6 +35,21 @@ def run(monkeypatch, script, *argv):
     return command.guarded(script.main)
 
 
+@contextlib.contextmanager
+def full_disk(monkeypatch, name):
+    """Inside, the file of this name cannot be written, as atomic_write finds out."""
+    whole = teacher.atomic_write
+
+    def full(path):
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        return whole(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "atomic_write", full)
+        yield
+
+
 def llm(monkeypatch, graded, url, out, *more):
     """listwise by a server."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")

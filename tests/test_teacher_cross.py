@@ -11,6 +11,7 @@ import pytest
 import data.cache
 import rerank
 import teacher
+import teaching
 import toy
 from data import parts
 from data.command import BadInput
@@ -301,20 +302,14 @@ def test_the_disk_full_at_the_end_leaves_a_command_that_goes_on(place, monkeypat
                                                                 capsys):
     """Whichever of its files cannot be written: OUT is the last, so that it is not taken for
     finished."""
-    whole, out = teacher.atomic_write, tmp_path / "t.run"
+    out = tmp_path / "t.run"
 
     def command():
         return ensemble(monkeypatch, place, out, "--run", place / "first.run", "--keep-each",
                         members=2)
 
     for file in ("t.member-2.run", "t.run.json", "t.run"):
-        def full(path, file=file):
-            if path.name == file:
-                raise OSError(28, "No space left on device")
-            return whole(path)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(teacher, "atomic_write", full)
+        with teaching.full_disk(monkeypatch, file):
             assert command() == 2 and not out.exists()
         assert "give the same command again: it goes on" in capsys.readouterr().err
     assert command() == 0 and out.exists()

@@ -526,15 +526,9 @@ def test_the_disk_full_at_the_end_leaves_a_command_that_goes_on(graded, serve, m
                                                                 tmp_path, capsys):
     """Whichever file cannot be written: OUT is the last, so that it is not taken for finished."""
     url, seen = serve(judge)
-    whole, out = teacher.atomic_write, tmp_path / "t.run"
+    out = tmp_path / "t.run"
     for file in ("t.run.json", "t.run"):
-        def full(path, file=file):
-            if path.name == file:
-                raise OSError(28, "No space left on device")
-            return whole(path)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(teacher, "atomic_write", full)
+        with teaching.full_disk(monkeypatch, file):
             assert llm(monkeypatch, graded, url, out) == 2 and not out.exists()
         assert "give the same command again: it goes on" in capsys.readouterr().err
     assert llm(monkeypatch, graded, url, out) == 0 and out.exists() and len(seen) == 18
