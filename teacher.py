@@ -2,6 +2,7 @@
 
     python teacher.py cross-encoder --model A B C --dataset D --run first.run --out teacher.run
     python teacher.py cross-encoder --model A B C --dataset D --triples triples.tsv --out scores.tsv
+    python teacher.py cross-encoder --model A B C --lists mine.jsonl --out scored.jsonl
     python teacher.py listwise --model castorini/rank_zephyr_7b_v1_full --dataset D \\
         --run first.run --out teacher.run
     python teacher.py listwise --endpoint http://localhost:8000/v1 --model NAME --dataset D \\
@@ -10,8 +11,9 @@
         --out teacher.run
     torchrun --nproc_per_node 4 -- teacher.py ...           same flags, the same file
 
-What comes out is a TREC run whose score column is the teacher's, or Hofstätter's TSV (pos_score
-neg_score qid pos_pid neg_pid), and is read by `train.py --lists RUN` and `train.py --triples TSV`.
+What comes out is a TREC run whose score column is the teacher's, Hofstätter's TSV (pos_score
+neg_score qid pos_pid neg_pid), or the JSONL that went in with pos_scores and neg_scores, and is
+read by `train.py --lists RUN`, `train.py --triples TSV` and `train.py --lists JSONL`.
 A run that an LLM ranker made elsewhere needs nothing from here: give it to --lists as it is. An
 interrupted command goes on where it stopped when it is given again; an LLM is never asked twice for
 the same answer.
@@ -28,6 +30,7 @@ import glob
 import hashlib
 import itertools
 import json
+import re
 import sys
 import time
 from collections import Counter, deque
@@ -46,6 +49,7 @@ from data.cache import model_stamp, sha256_of
 from data.chat_server import Endpoint
 from data.command import BadInput, Parser, Progress, at_least, join_processes, say
 from data.first_stages import first_stage
+from data.list_file import ListFile, carries_texts, write_scored
 from data.parts import write_in_blocks
 from data.prompts import PROMPTS, around_document, conversation, parse_permutation
 from data.published import published
@@ -57,7 +61,7 @@ from rerank import PairScorer, add_first_stage_flags
 # -------------------------------------------------------------------------- what all teachers share
 
 
-def plan_of(kind: str, texts: Texts, source: Path | None, skip_missing: bool) -> dict:
+def plan_of(kind: str, texts: Texts | ListFile, source: Path | None, skip_missing: bool) -> dict:
     """What decides the scores as far as the candidates do: another plan is another run."""
     return {"command": kind, "corpus": texts.fingerprint(), "queries": texts.digest(),
             "skip_missing": skip_missing, "source": source and sha256_of(source)}
@@ -73,6 +77,14 @@ def open_candidates(*, kind: str, dataset: str, run: Path | None, first: str | N
     candidates = first_stage(texts, run, first, depth, skip_missing)
     refuse_nothing(texts, candidates, run or first)
     return texts, candidates, plan
+
+
+def open_lists(kind: str, path: Path) -> tuple[ListFile, dict[str, dict[str, float]], dict]:
+    """(lists with their texts, the same as a run, plan)."""
+    file = ListFile(path)
+    if scored := np.isfinite(file.scores).sum():
+        say(f"{path}: {scored:,} of its {len(file.scores):,} texts have scores, which are replaced")
+    return file, file.run(), plan_of(kind, file, path, skip_missing=False)
 
 
 def refuse_nothing(texts: Texts, run: dict, source: Path | str) -> None:
@@ -188,14 +200,22 @@ def mean_of(members: list[Path], how: str,
 
 
 def write_scores(out: Path, scores: Iterator[tuple[str, dict[str, float]]],
-                 triples: TripleFile | None, tag: str) -> None:
-    """A TREC run; or `triples` with both scores before them (Hofstätter's TSV)."""
-    if triples is None:
+                 source: TripleFile | ListFile | None, tag: str) -> None:
+    """A TREC run; or the `source` of the pairs with their scores in it: triples as Hofstätter's
+    TSV, lists with their texts as they are."""
+    if isinstance(source, ListFile):
+        write_scored(out, scores, source)
+    elif source:
+        write_triples(out, dict(scores), source)
+    else:
         with atomic_write(out) as file:
             for qid, ranked in scores:
                 file.write(run_lines(qid, ranked, tag))
-        return
-    table, left = dict(scores), 0
+
+
+def write_triples(out: Path, table: dict[str, dict[str, float]], triples: TripleFile) -> None:
+    """Triples with both scores before them; those that lack one are left out and counted."""
+    left = 0
     with atomic_write(out) as file:
         for qid, pos, neg in triples:
             ranked = table.get(qid, {})
@@ -206,6 +226,12 @@ def write_scores(out: Path, scores: Iterator[tuple[str, dict[str, float]]],
     if left:
         say(f"{out}: {left:,} triples left out, the dataset lacks a document of theirs "
             "(--skip-missing)")
+
+
+def member_of(out: Path, number: int, plan: dict) -> Path:
+    """Where the scores of one model wait for OUT to be made of them."""
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(f"{out}.scores-{number}-{digest}")
 
 
 def sealed(member: Path, content: Path) -> Path:
@@ -232,15 +258,20 @@ def cross_encoder(args) -> None:
     from kernels.encoder import CrossEncoder
 
     cpu.prepare(training=False)
-    kept = [args.out.with_name(f"{args.out.stem}.member-{i}{args.out.suffix}")
+    suffix = re.search(r"(\.jsonl?)?(\.[^.]*)?$", args.out.name)[0]
+    stem = args.out.name.removesuffix(suffix)
+    kept = [args.out.with_name(f"{stem}.member-{i}{suffix}")
             for i in range(1, len(args.model) + 1)]
     scratch = f"{glob.escape(args.out.name)}.scores-*"
     begun = any(args.out.parent.glob(scratch))  # and may have come as far as the members' own files
     for file in [args.out, *kept] if args.keep_each and not begun else [args.out]:
-        command.refuse_overwrite(file, args.overwrite, inputs=[args.run, args.triples])
-    triples = None
-    if args.triples:
-        texts, triples, run, plan = open_triples(
+        command.refuse_overwrite(file, args.overwrite, inputs=[args.run, args.triples, args.lists])
+    source = None  # of the pairs, where their scores are written into it
+    if args.lists:
+        source, run, plan = open_lists(args.command, args.lists)
+        texts = source
+    elif args.triples:
+        texts, source, run, plan = open_triples(
             kind=args.command, dataset=args.dataset, path=args.triples,
             skip_missing=args.skip_missing)
     else:
@@ -253,8 +284,7 @@ def cross_encoder(args) -> None:
     members, summaries, start = [], [], time.perf_counter()
     for number, name in enumerate(args.model, 1):
         own = plan | {"model": model_stamp(name)}
-        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
-        member = Path(f"{args.out}.scores-{number}-{digest}")
+        member = member_of(args.out, number, own)
         whole = None if args.overwrite else scored_before(member, name)
         if whole:
             members.append(whole)
@@ -275,7 +305,7 @@ def cross_encoder(args) -> None:
         return
     if args.keep_each:
         for file, member, name in zip(kept, members, args.model, strict=True):
-            write_scores(file, mean_of([member], "none", Counter()), triples, run_tag(name))
+            write_scores(file, mean_of([member], "none", Counter()), source, run_tag(name))
     write_summary(args.out, vars(args), members=summaries, seconds=time.perf_counter() - start,
                   queries=len(run), pairs=sum(map(len, run.values())))
     tag, models = "ensemble", f"{len(members)} models"
@@ -283,7 +313,7 @@ def cross_encoder(args) -> None:
         tag, models = run_tag(args.model[0]), "1 model"
     alike: Counter = Counter()
     # last: until OUT is there the same command goes on
-    write_scores(args.out, mean_of(members, args.normalize, alike), triples, tag)
+    write_scores(args.out, mean_of(members, args.normalize, alike), source, tag)
     for file in args.out.parent.glob(scratch):
         file.unlink()
     say(closing(f"{args.out}: {len(run):,} queries, mean of {models}", {}, alike))
@@ -602,11 +632,15 @@ class YesNo:
 
 def pointwise(args) -> None:
     """Every pair on its own, in the blocks of rerank.py."""
-    command.refuse_overwrite(args.out, args.overwrite, inputs=[args.run])
-    texts, run, plan = open_candidates(
-        kind=args.command, dataset=args.dataset, run=args.run, first=args.first_stage,
-        depth=args.depth, skip_missing=args.skip_missing)
+    command.refuse_overwrite(args.out, args.overwrite, inputs=[args.run, args.lists])
+    if args.lists:
+        texts, run, plan = open_lists(args.command, args.lists)
+    else:
+        texts, run, plan = open_candidates(
+            kind=args.command, dataset=args.dataset, run=args.run, first=args.first_stage,
+            depth=args.depth, skip_missing=args.skip_missing)
     rank, _ = join_processes()
+    tag = run_tag(args.model)
     from kernels import cpu  # late: a wrong flag or file is said at once
     from kernels.llm import LanguageModel
 
@@ -627,7 +661,17 @@ def pointwise(args) -> None:
             write_summary(args.out, vars(args), pairs=scorer.pairs, seconds=scorer.seconds,
                           template=scorer.template, answers=scorer.words, counts=scorer.counts())
 
-    if write_in_blocks(args.out, plan, run, run_tag(args.model), scored, args.overwrite):
+    if args.lists:
+        member = member_of(args.out, 1, plan)
+        whole = None if args.overwrite else scored_before(member, args.model)
+        if whole is None and write_in_blocks(member, plan, run, tag, scored, args.overwrite):
+            whole = member.rename(sealed(member, member))
+        if rank == 0:
+            write_scored(args.out, queries_of(whole), texts)
+            whole.unlink()
+    else:
+        write_in_blocks(args.out, plan, run, tag, scored, args.overwrite)
+    if rank == 0:
         done = (f"{args.out}: {scorer.pairs:,} pairs in {scorer.seconds:.1f} s by the template "
                 f"{scorer.template}")
         say(closing(done, scorer.counts(), scorer.alike))
@@ -648,15 +692,26 @@ def parse(argv=None) -> argparse.Namespace:
     words = [getattr(args, "instruction", ""), *(getattr(args, "answers", None) or [])]
     if SURROGATE.search("".join(words)):
         parser.error("--instruction and --answers are to be UTF-8")
-    if not args.dataset:
-        parser.error("--dataset is needed")
-    ways = "--run FILE, --first-stage bm25|scoreddocs"
-    if "triples" in args:
-        ways += ", --triples TSV"
-    given = [args.run, args.first_stage, getattr(args, "triples", None)]
-    if sum(way is not None for way in given) != 1:
-        parser.error(f"give one of {ways}")
+    refuse_other_sources(args, parser.error)
     return args
+
+
+def refuse_other_sources(args: argparse.Namespace, error) -> None:
+    """error(message) where the pairs come from nowhere or from several places."""
+    lists = getattr(args, "lists", None)
+    if lists and (args.dataset or args.skip_missing):
+        error(f"--lists {lists} has its texts: no --dataset or --skip-missing with it")
+    if lists and not carries_texts(args.out):
+        error(f"--out {args.out}: what --lists gives is JSONL; name it .jsonl (or .jsonl.gz, "
+              ".jsonl.zst)")
+    if not (lists or args.dataset):
+        error("--dataset is needed")
+    ways = "--run FILE, --first-stage bm25|scoreddocs"
+    ways += "".join(f", --{name} {form}" for name, form in (("triples", "TSV"), ("lists", "JSONL"))
+                    if name in args)
+    given = [args.run, args.first_stage, getattr(args, "triples", None), lists]
+    if sum(way is not None for way in given) != 1:
+        error(f"give one of {ways}")
 
 
 def add_command(commands, name: str, does: str, model: str, **how) -> argparse.ArgumentParser:
@@ -673,6 +728,13 @@ def add_command(commands, name: str, does: str, model: str, **how) -> argparse.A
     return parser
 
 
+def add_lists_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lists", type=Path, metavar="JSONL",
+                        help='lists that carry their texts, no --dataset then: {"query": "...", '
+                        '"pos": ["..."], "neg": ["..."]} a line; --out gets the same lines with '
+                        "pos_scores and neg_scores")
+
+
 def add_cross_encoder(commands) -> None:
     parser = add_command(
         commands, "cross-encoder",
@@ -684,6 +746,7 @@ def add_cross_encoder(commands) -> None:
     parser.add_argument("--triples", type=Path,
                         help="TSV: qid pos neg, or pos_score neg_score qid pos_pid neg_pid (its "
                         "scores are not used), or the name of a published one")
+    add_lists_flag(parser)
     parser.add_argument("--keep-each", action="store_true",
                         help="write each member's scores too, as STEM.member-N.SUFFIX")
     parser.add_argument("--normalize", choices=["none", "zscore", "minmax"], default="none",
@@ -736,6 +799,7 @@ def add_pointwise(commands) -> None:
         "Qwen3-Reranker, or any chat model.",
         "model folder or hub id")
     command.add_model_flags(parser)
+    add_lists_flag(parser)
     add = parser.add_argument
     add("--query-length", type=at_least(1), default=64,
         help="tokens kept of a query (default 64)")

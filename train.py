@@ -3,6 +3,9 @@
     python train.py --backbone tiny --dataset pydocs        a first run: minutes on a CPU, offline
     python train.py --backbone modernbert --loss infonce    the paper's: MS MARCO, 200,000 steps
     python train.py --backbone DIR --loss ranknet --dataset my-corpus/ --lists teacher.run
+    python train.py --backbone minilm --loss infonce --lists mine.jsonl
+                                                            lists that carry their texts: a line
+                                                            {"query": "", "pos": [""], "neg": [""]}
     torchrun --nproc_per_node 4 train.py ...                same flags, same result
     for b in bert electra; do python train.py --backbone $b --loss marginmse --resume; done
 
@@ -38,8 +41,9 @@ if __name__ == "__main__":
 from data.cache import model_stamp, sha256_of
 from data.command import FULL, BadInput, Parser, Progress, at_least, say
 from data.first_stages import candidates, first_stage, first_stage_name
-from data.lists import FROM_TEACHER, Batches, Lists, Triples, hash_of
-from data.model_card import model_card
+from data.list_file import ListFile, carries_texts
+from data.lists import FROM_TEACHER, Batches, Lists, TextLists, Triples, hash_of
+from data.model_card import candidates_named, model_card
 from data.paper import BACKBONES, LOSSES, SHARED_LISTS, recipe
 from data.published import PUBLISHED, downloads, kept_at, published
 from data.run_folder import (
@@ -88,7 +92,11 @@ def parse(argv=None) -> argparse.Namespace:
     command.add_model_flags(parser)
     args = parser.parse_args(argv)
     refuse_contradictions(args, parser.error)
-    return recipe(args)
+    args = recipe(args)
+    if args.eval_run and len(args.eval_run) != len(args.eval_dataset):
+        parser.error(f"--eval-run names {len(args.eval_run)} runs, --eval-dataset "
+                     f"{len(args.eval_dataset)} datasets: one for each is needed")
+    return args
 
 
 def add_data_flags(add) -> None:
@@ -97,7 +105,9 @@ def add_data_flags(add) -> None:
         "(default: msmarco-passage/train; for tiny, pydocs)")
     add("--lists",
         help="TREC run of candidates; its scores are the teacher's for marginmse, ranknet, "
-        "adrmse and kl; or the name of a published file (colbert, rankzephyr-50, ...)")
+        "adrmse and kl; or the name of a published file (colbert, rankzephyr-50, ...); or JSONL "
+        'with texts, no --dataset then: {"query": "...", "pos": ["..."], "neg": ["..."]} a line, '
+        'and a teacher\'s "pos_scores": [1.5], "neg_scores": [-2] (.gz and .zst too)')
     add("--triples",
         help="TSV: qid pos neg, or pos_score neg_score qid pos_pid neg_pid; or ensemble-t2, "
         "ensemble-t1")
@@ -138,6 +148,9 @@ def add_watch_flags(add) -> None:
     add("--eval-dataset", nargs="+",
         help="validated on: ids, folders (their dev split), or nanobeir (default: the dataset's "
         "own dev split, nanobeir for MS MARCO), re-ranking BM25; none: keep the last step")
+    add("--eval-run", nargs="+", type=Path, metavar="RUN",
+        help="the candidates to re-rank, a TREC run for each --eval-dataset; the closing table is "
+        "on these too (default: BM25's)")
     add("--eval-every", type=at_least(1),
         help="steps between validations (default: a 40th of --steps, at least 100)")
     add("--eval-measure", default="RR@10", help="any of evaluate.py's measures (default RR@10)")
@@ -145,22 +158,14 @@ def add_watch_flags(add) -> None:
     add("--eval-queries", type=at_least(1), help="validate on the first N queries (default: all)")
     add("--log", default="jsonl",
         help="jsonl, tensorboard, wandb, with commas between (default jsonl)")
+    add("--no-table", action="store_true",
+        help="leave out the closing table (else: BM25 and the model over it on the test split, or "
+        "--eval-run and the model over it)")
 
 
 def refuse_contradictions(args: argparse.Namespace, error) -> None:
     """error(message) for flags that do not go together or have impossible values."""
-    if sum(x is not None for x in (args.triples, args.lists, args.first_stage)) > 1:
-        error("give one of --triples, --lists and --first-stage")
-    of_lists = {  # flag: whether it was given
-        "--list-size": args.list_size not in (None, 2),
-        "--negatives shared": args.negatives == "shared",
-        "--max-teacher-margin": args.max_teacher_margin is not None,
-        "--depth": args.depth is not None,
-        "--skip-missing": args.skip_missing,
-    }
-    for flag, given in of_lists.items():
-        if args.triples and given:
-            error(f"{flag} is of lists and does nothing to --triples: leave it out")
+    refuse_other_sources(args, error)
     for name, value in (("lr", args.lr), ("clip", args.clip)):
         if value is not None and not 0 < value < math.inf:
             error(f"--{name} {value:g}: above 0")
@@ -177,11 +182,35 @@ def refuse_contradictions(args: argparse.Namespace, error) -> None:
     parse_measure(args.eval_measure)
 
 
+def refuse_other_sources(args: argparse.Namespace, error) -> None:
+    """error(message) for flags that do nothing to where the lists come from."""
+    if sum(x is not None for x in (args.triples, args.lists, args.first_stage)) > 1:
+        error("give one of --triples, --lists and --first-stage")
+    of_runs = {  # flag: whether it was given
+        "--depth": args.depth is not None,
+        "--skip-missing": args.skip_missing,
+    }
+    of_lists = of_runs | {
+        "--list-size": args.list_size not in (None, 2),
+        "--negatives shared": args.negatives == "shared",
+        "--max-teacher-margin": args.max_teacher_margin is not None,
+    }
+    for flag, given in of_lists.items():
+        if args.triples and given:
+            error(f"{flag} is of lists and does nothing to --triples: leave it out")
+    for flag, given in (of_runs | {"--dataset": args.dataset}).items():
+        if carries_texts(args.lists) and given:
+            error(f"{flag} does nothing to --lists {args.lists}, which has its texts: leave it out "
+                  "(--eval-dataset names what is validated on)")
+
+
 def result_flags(args: argparse.Namespace) -> dict:
     """The flags that decide the result, as JSON: those that a resumed run must share."""
     ways = ("out", "resume", "overwrite", "dry_run", "log", "workers", "save_every", "random_share",
-            "budget")
+            "budget", "no_table")
     kept = {name: value for name, value in sorted(vars(args).items()) if name not in ways}
+    if args.eval_run:
+        kept["eval_run"] = [str(path) for path in args.eval_run]
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
@@ -190,24 +219,26 @@ def result_flags(args: argparse.Namespace) -> dict:
 
 def plan(args: argparse.Namespace) -> str:
     """What the command would do, from the flags alone."""
-    source = f"lists {args.lists or args.first_stage}"
+    source = f"{args.dataset}, lists {args.lists or args.first_stage}"
     if args.triples:
-        source = f"triples {args.triples}"
+        source = f"{args.dataset}, triples {args.triples}"
+    elif args.dataset is None:
+        source = f"lists {args.lists} with their texts"
     documents = args.batch_size * args.list_size
     most = args.query_length + args.doc_length + 4  # RoBERTa has four special tokens, others three
     sets = ", ".join(args.eval_dataset) or "nothing (the last step is kept)"
     return "\n".join([
         f"backbone   {args.backbone} ({BACKBONES.get(args.backbone, ['as given'])[0]})",
         f"loss       {args.loss}, {args.negatives} negatives",
-        f"data       {args.dataset}, {source}, seed {args.seed}",
+        f"data       {source}, seed {args.seed}",
         f"step       {args.batch_size:,} lists of {args.list_size} documents = {documents:,} "
         f"documents, about {documents * TOKENS:,} tokens, at most {documents * most:,}",
         f"steps      {args.steps:,}: {args.warmup:,} of warm-up to lr {args.lr:g}, then linearly "
         f"to 0; AdamW, weight decay {args.weight_decay:g}, clip {args.clip:g}, {args.dtype}",
         f"documents  {args.steps * documents:,} in all",
         *operations(args.backbone, documents, args.steps),
-        f"validation {args.eval_measure} on {sets} every {args.eval_every:,} steps, BM25's first "
-        f"{args.eval_depth} re-ranked",
+        f"validation {args.eval_measure} on {sets} every {args.eval_every:,} steps, "
+        f"{candidates_named(args.eval_run, args.eval_depth)} re-ranked",
     ])
 
 
@@ -224,7 +255,8 @@ def operations(backbone: str, documents: int, steps: int) -> list[str]:
             "(kernels/ROOFLINE.md), validation not counted"]
 
 
-def files(backbone: str, dataset: str, source: str | None, eval_dataset: list[str]) -> list[str]:
+def files(backbone: str, dataset: str | None, source: str | None,
+          eval_dataset: list[str]) -> list[str]:
     """A line for each file that the run reads: size and md5 where they are known, and whether it is
     here already. source: --triples or --lists."""
     from huggingface_hub import try_to_load_from_cache
@@ -236,7 +268,7 @@ def files(backbone: str, dataset: str, source: str | None, eval_dataset: list[st
         hub, weights = BACKBONES[backbone][0], ("model.safetensors", "pytorch_model.bin")
         here = any(isinstance(try_to_load_from_cache(hub, name), str) for name in weights)
         rows.append((f"weights of {hub}", 4 * sum(parameters(MODELS[backbone])), None, here))
-    rows += downloads(dataset)
+    rows += downloads(dataset) if dataset else []
     if source and Path(source).exists():
         rows.append((source, Path(source).stat().st_size, None, True))
     elif source == "docpairs":
@@ -287,8 +319,15 @@ def look_into(out: Path, wanted: dict, resume: bool, overwrite: bool) -> dict | 
     return before
 
 
-def load_backbone(backbone: str, texts: Texts, device: str, query_length: int, doc_length: int,
-                  seed: int):
+def open_texts(dataset: str | None, lists: str | None) -> Texts | ListFile:
+    """The texts to train on: of the dataset, or of the lists themselves."""
+    if dataset is None:
+        return ListFile(Path(lists))
+    return Texts(dataset, split="train")
+
+
+def load_backbone(backbone: str, texts: Texts | ListFile, device: str, query_length: int,
+                  doc_length: int, seed: int):
     """The model to train in float32, its fresh weights drawn from the seed."""
     import torch
 
@@ -314,8 +353,11 @@ def load_backbone(backbone: str, texts: Texts, device: str, query_length: int, d
     return model
 
 
-def open_source(args: argparse.Namespace, texts: Texts) -> Lists | Triples:
+def open_source(args: argparse.Namespace, texts: Texts | ListFile) -> Lists | TextLists | Triples:
     """What the batches are drawn from: --triples, --lists, or lists made by --first-stage."""
+    if isinstance(texts, ListFile):
+        return TextLists(texts, args.loss, args.list_size, args.negatives == "shared",
+                         args.max_teacher_margin)
     path = args.triples or args.lists
     if path and not Path(path).exists():
         path = published(path)  # the paper's files by name, fetched at first use
@@ -334,15 +376,17 @@ class Validation:
     """Re-ranks the first stages of one or more datasets, sharded over ranks, and averages one
     measure."""
 
-    def __init__(self, names: list[str], measure: str, depth: int, queries: int | None, rank: int,
-                 world: int) -> None:
+    def __init__(self, names: list[str], runs: list[Path] | None, measure: str, depth: int,
+                 queries: int | None, rank: int, world: int) -> None:
         self.measure, self.rank, self.world, self.sets = measure, rank, world, []
-        for name in names:
+        for name, path in zip(names, runs or [None] * len(names), strict=True):
             texts = Texts(name, split="dev")
             if not any(q in texts.qrels for q in texts.queries):
                 raise BadInput(f"--eval-dataset {name}: has no relevance judgments to measure by")
-            run = first_stage(texts, None, "bm25", depth)
+            run = first_stage(texts, path, "bm25", depth)
             chosen = list(texts.queries)[:queries]
+            if path:
+                refuse_other_queries(run, path, chosen, name)
             texts.qrels = {q: texts.qrels[q] for q in chosen}
             self.sets.append((name, texts, {q: run.get(q, {}) for q in chosen}))
 
@@ -364,6 +408,18 @@ class Validation:
         return {"score": sum(result.values()) / len(result), "collapsed": flat, **result}
 
 
+def refuse_other_queries(run: dict, path: Path, judged: list[str], name: str) -> None:
+    """BadInput for a run of --eval-run with candidates of no judged query; some that lack them are
+    counted."""
+    without = sum(not run.get(q) for q in judged)
+    if without == len(judged):
+        raise BadInput(f"--eval-run {path}: has candidates of no judged query of {name}; do they "
+                       "belong together?")
+    if without:
+        say(f"{path}: no candidates of {without:,} of {len(judged):,} queries of {name}, which "
+            "count 0")
+
+
 def collapsed(run: dict) -> bool:
     """Whether all scores of a run are equal within 1e-6: a ranking of nothing, whatever its
     measures say."""
@@ -371,7 +427,7 @@ def collapsed(run: dict) -> bool:
     return len(values) > 1 and max(values) - min(values) <= 1e-6
 
 
-def provenance(args: argparse.Namespace, texts: Texts, validation: Validation) -> dict:
+def provenance(args: argparse.Namespace, texts: Texts | ListFile, validation: Validation) -> dict:
     """What it takes to repeat the run: flags, versions, commit, data."""
     import numpy
     import torch
@@ -383,7 +439,7 @@ def provenance(args: argparse.Namespace, texts: Texts, validation: Validation) -
             "backbone": model_stamp(args.backbone)}
     for name, of_set, _ in validation.sets:
         data[f"validation {name}"] = f"{of_set.fingerprint()} {of_set.digest()}"
-    for file in (args.lists, args.triples):
+    for file in (args.lists, args.triples, *(args.eval_run or [])):
         if file and Path(file).is_file():
             data[str(Path(file))] = sha256_of(file)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
@@ -530,6 +586,8 @@ def train(args: argparse.Namespace, rank: int, world: int) -> int:
     """Trains into args.out; the exit code."""
     import torch
 
+    from kernels.encoder import CrossEncoder
+
     before = look_into(args.out, result_flags(args), args.resume, args.overwrite)
     if before and (args.out / "README.md").is_file():  # written last: `last/` may be gone by then
         say(f"{args.out}: finished already ({args.steps:,} steps); nothing to do")
@@ -537,12 +595,12 @@ def train(args: argparse.Namespace, rank: int, world: int) -> int:
     has_gpu = args.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu else "cpu"
     with command.rank_0_first():
-        texts = Texts(args.dataset, split="train")
+        texts = open_texts(args.dataset, args.lists)
         model = load_backbone(args.backbone, texts, args.device, args.query_length,
                               args.doc_length, args.seed).to(device)
         source = open_source(args, texts)
-        validation = Validation(args.eval_dataset, args.eval_measure, args.eval_depth,
-                                args.eval_queries, rank, world)
+        validation = Validation(args.eval_dataset, args.eval_run, args.eval_measure,
+                                args.eval_depth, args.eval_queries, rank, world)
     made_of = provenance(args, texts, validation) if rank == 0 else None
     if before and rank == 0:
         refuse_changes(args.out, before, made_of)
@@ -565,12 +623,13 @@ def train(args: argparse.Namespace, rank: int, world: int) -> int:
     if rank == 0:
         if not validation.sets:
             run.save_model()
-        finish(args, device, run.history)
+        kept = CrossEncoder.from_pretrained(args.out, "float32", device.partition(":")[0])
+        close(args, run.history, closing_table(args, kept, validation))
     command.wait_for_all()
     return 0
 
 
-def opened(source: Lists | Triples, model, world: int, device: str) -> str:
+def opened(source: Lists | TextLists | Triples, model, world: int, device: str) -> str:
     """A line on what is trained, on what and where."""
     kind = "triples" if isinstance(source, Triples) else "queries with lists"
     numbers = sum(p.numel() for p in model.parameters())
@@ -591,8 +650,8 @@ def exact_step(args: argparse.Namespace, model, optimizer, rank: int, world: int
                 clip=args.clip, warn=say)
 
 
-def prefetched(args: argparse.Namespace, start: int, source: Lists | Triples, texts: Texts,
-               tokenize, rank: int, world: int):
+def prefetched(args: argparse.Namespace, start: int, source: Lists | TextLists | Triples,
+               texts: Texts | ListFile, tokenize, rank: int, world: int):
     """The batches from step `start` on, made by worker processes where texts are slow to read."""
     batches = Batches(source, texts, tokenize, size=args.batch_size, seed=args.seed,
                       query_length=args.query_length, doc_length=args.doc_length, rank=rank,
@@ -677,28 +736,49 @@ def highest_of_all(number: int, world: int) -> int:
 # ----------------------------------------------------------------------------------------- the end
 
 
-def finish(args: argparse.Namespace, device: str, history: list) -> None:
-    """The closing table on the dataset's test split, where it has one, and the model card."""
-    from kernels.encoder import CrossEncoder
-
-    table, name = "", args.dataset.removesuffix("/train")
-    if name == "pydocs" or (Path(name) / "qrels" / "test.tsv").is_file():
-        texts = Texts(name, split="test")
-        run = first_stage(texts, None, "bm25", args.eval_depth)
-        best = CrossEncoder.from_pretrained(args.out, dtype="float32",
-                                            device=device.partition(":")[0])
-        scores = score_run(best, texts, run, args.max_tokens, progress="test")
-        measures, row = ["nDCG@10", "RR@10", "AP"], args.out.name
+def closing_table(args: argparse.Namespace, model, validation: Validation) -> str:
+    """What the kept model makes of the candidates of --eval-run, or of BM25's on the dataset's test
+    split; printed, and returned as Markdown. Lists from elsewhere hold candidates of another kind
+    than BM25's: without --eval-run there is no table."""
+    if args.no_table:
+        return ""
+    sets = []
+    if args.eval_run:
+        sets = validation.sets
+    elif args.first_stage:
+        sets = test_set(args.dataset.removesuffix("/train"), args.eval_depth)
+    else:
+        say("no closing table: the lists are not BM25's; --eval-run names candidates to re-rank")
+    tables, measures = [], ["nDCG@10", "RR@10", "AP"]
+    for (name, texts, run), path in zip(sets, args.eval_run or [None] * len(sets), strict=True):
+        scores = score_run(model, texts, run, args.max_tokens, progress=name)
+        row = args.out.name
         if collapsed(scores):
             row += " (COLLAPSED: all scores equal)"
-        table = markdown_table({"BM25": evaluate(texts.qrels, run, measures),
+        table = markdown_table({path.name if path else "BM25": evaluate(texts.qrels, run, measures),
                                 row: evaluate(texts.qrels, scores, measures)})
-        print(f"\n{name} test: {len(run):,} queries, BM25's first {args.eval_depth} documents and "
-              f"the same re-ranked\n\n{table}\n")
+        candidates = candidates_named(path and [path], args.eval_depth)
+        tables.append(f"{name}: {len(run):,} queries, {candidates} documents and the same "
+                      f"re-ranked\n\n{table}")
+    if tables:
+        print("", *tables, sep="\n", end="\n\n")
+    return "\n\n".join(tables)
+
+
+def test_set(dataset: str, depth: int) -> list[tuple[str, Texts, dict]]:
+    """[(name, the test split, BM25's run on it)] of a folder or pydocs; [] where there is none."""
+    if dataset != "pydocs" and not (Path(dataset) / "qrels" / "test.tsv").is_file():
+        return []
+    texts = Texts(dataset, split="test")
+    return [(f"{dataset} test", texts, first_stage(texts, None, "bm25", depth))]
+
+
+def close(args: argparse.Namespace, history: list, table: str) -> None:
+    """The model card, written last: with it the run is finished."""
     with atomic_write(args.out / "README.md") as file:
         file.write(model_card(args.out, result_flags(args), plan(args), history, table))
     say(f"model in {args.out}; re-rank with: python rerank.py --model {args.out} --dataset "
-        f"{args.dataset} --first-stage bm25 --out reranked.run")
+        f"{args.dataset or 'DATASET'} --first-stage bm25 --out reranked.run")
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
-"""What is trained on: lists of a run, triples of a TSV, and batch k as a pure function of seed and
-k.
+"""What is trained on: lists of a run, lists with their texts, triples of a TSV, and batch k as a
+pure function of seed and k.
 
 Every source of lists has `len()`, `item(i, seed)` -> (qid, docids, targets) of list i, drawn from
 `seed` alone, and `where(i)`, the place in a file that an error names.
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.command import BadInput, Progress, say
+from data.list_file import ListFile
 from data.runs import Columns, line_of
 from data.texts import DocumentTokens, Texts
 from data.triples import TripleFile
@@ -208,6 +209,105 @@ class Lists:
         return f"{self.path}:{line_of(self.path, qid)}" if self.path else f"query {qid!r}"
 
 
+# -------------------------------------------------------------------------- lists with their texts
+
+
+class TextLists:
+    """Training lists of a ListFile.
+
+    Losses on labels, and marginmse, get one relevant text and list_size - 1 others; the other
+    losses on a teacher get list_size texts of a line with their scores, all where there are no
+    more. With `shared` every loss gets the lists of the first kind, drawn alike. All draws are
+    anew at every pass.
+
+    Args:
+        max_margin: leave out others that the file scores above their relevant text minus this.
+    """
+
+    def __init__(self, file: ListFile, loss: str, list_size: int, shared: bool = False,
+                 max_margin: float | None = None) -> None:
+        self.file, self.size, self.loss = file, list_size, loss
+        self.teacher = loss in FROM_TEACHER
+        self.labelled = shared or not self.teacher or loss == "marginmse"
+        line = np.repeat(np.arange(len(file)), np.diff(file.starts))  # of each document
+        self.kept = np.array(file.first)
+        if max_margin is not None and self.labelled:
+            self.kept &= ~self._likely_relevant(line, max_margin)
+        self.queries = self._trained_on(line)
+
+    def _likely_relevant(self, line: np.ndarray, max_margin: float) -> np.ndarray:
+        """bool [documents]; scores that are not there say nothing of their document."""
+        file, lowest = self.file, np.full(len(self.file), np.inf)
+        if np.isnan(file.scores).all():
+            raise BadInput(f"{file.path}: no scores in it, which --max-teacher-margin compares")
+        np.fmin.at(lowest, line[file.positive], file.scores[file.positive])
+        likely = ~file.positive & (file.scores > lowest[line] - max_margin)
+        if likely.any():
+            say(f"{file.path}: {likely.sum():,} texts left out, scored above their relevant text "
+                f"minus {max_margin:g}")
+        return likely
+
+    def _trained_on(self, line: np.ndarray) -> np.ndarray:
+        """The lines that lists are drawn from; all others are counted by what they lack."""
+        file, n = self.file, len(self.file)
+        relevant = np.bincount(line[self.kept & file.positive], minlength=n)
+        others = np.bincount(line[self.kept & ~file.positive], minlength=n)
+        lacks = {"fewer than two texts": relevant + others < 2}
+        if self.labelled:
+            lacks = {"no relevant text": relevant == 0, "no text that is not relevant": others == 0}
+        if self.teacher:
+            lacks["no scores"] = np.isnan(file.scores[file.starts[:-1]])
+        if self.loss == "ranknet":
+            scores = file.scores.astype(np.float32)
+            low, high = np.full(n, np.inf, np.float32), np.full(n, -np.inf, np.float32)
+            np.fmin.at(low, line, scores)
+            np.fmax.at(high, line, scores)
+            lacks["the teacher's scores all tie"] = low == high
+        left = np.zeros(n, bool)
+        for why, lines in lacks.items():
+            if (lines & ~left).any():
+                say(f"{file.path}: {(lines & ~left).sum():,} of {n:,} lists left out: {why}")
+            left |= lines
+        if left.all() and "no scores" in lacks and lacks["no scores"].all():
+            raise BadInput(f"{file.path}: no scores in it, but --loss {self.loss} learns from a "
+                           "teacher's: teacher.py cross-encoder --lists writes them into it")
+        if left.all():
+            raise BadInput(f"{file.path}: no list can be trained on")
+        self._report(relevant[~left], others[~left])
+        return np.flatnonzero(~left)
+
+    def _report(self, relevant: np.ndarray, others: np.ndarray) -> None:
+        """Lists that are shorter or longer than asked, once."""
+        short, longest = (others < self.size - 1).sum(), (relevant + others).max()
+        if self.labelled and short:
+            say(f"{self.file.path}: {short:,} lists have fewer than {self.size - 1} texts that are "
+                "not relevant and are shorter")
+        if not self.labelled and longest > self.size:
+            say(f"{self.file.path}: up to {longest:,} texts in a list; {self.size} of them drawn "
+                "anew at every pass")
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def item(self, i: int, seed) -> tuple[str, list[str], list[float]]:
+        """(qid, docids, targets) of a list of line i; every draw comes from `seed`."""
+        file, rng, line = self.file, np.random.default_rng(seed), int(self.queries[i])
+        start, end = file.starts[line : line + 2].tolist()
+        rows = start + np.flatnonzero(self.kept[start:end])
+        if self.labelled:
+            relevant, others = rows[file.positive[rows]], rows[~file.positive[rows]]
+            first = relevant[rng.integers(len(relevant))]
+            rows = np.array([first, *rng.permutation(others)[: self.size - 1]])
+        else:
+            rows = rng.permutation(rows)[: self.size]
+        targets = file.scores[rows] if self.teacher else file.positive[rows].astype(float)
+        docids = file.docids(line)
+        return file.qid(line), [docids[row - start] for row in rows], targets.tolist()
+
+    def where(self, i: int) -> str:
+        return self.file.where(int(self.queries[i]))
+
+
 # ----------------------------------------------------------------------------------------- triples
 
 
@@ -309,13 +409,14 @@ class Batches:
     share alone.
 
     Args:
-        source: Lists or Triples. size: lists in a batch.
+        source: Lists, TextLists or Triples. size: lists in a batch.
+        texts: the dataset; of TextLists their file.
         tokenize: kernels.encoder.CrossEncoder.tokenize.
         query_length, doc_length: tokens kept.
     """
 
-    def __init__(self, source, texts: Texts, tokenize, *, size: int, seed: int, query_length: int,
-                 doc_length: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, source, texts: Texts | ListFile, tokenize, *, size: int, seed: int,
+                 query_length: int, doc_length: int, rank: int = 0, world: int = 1) -> None:
         self.source, self.texts, self.tokenize, self.size = source, texts, tokenize, size
         self.seed, self.query_length, self.rank, self.world = seed, query_length, rank, world
         self.documents = DocumentTokens(texts, tokenize, doc_length)

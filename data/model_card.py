@@ -23,16 +23,15 @@ def model_card(out: Path, flags: dict, plan: str, history: list, table: str) -> 
 
     base = BACKBONES.get(flags["backbone"], [flags["backbone"]])[0]
     fresh = flags["backbone"] == "tiny" or Path(base).exists()
-    on_msmarco = flags["dataset"].startswith("msmarco")
+    dataset = flags["dataset"] or ""  # none of lists with their texts
+    on_msmarco = dataset.startswith("msmarco")
     front = ModelCardData(
         base_model=None if fresh else base, license="other", license_name="see-training-data",
         datasets=["microsoft/ms_marco"] if on_msmarco else None,
         library_name="sentence-transformers", pipeline_tag="text-ranking",
         tags=["cross-encoder", "reranker"])
-    first = f"BM25's first {flags['eval_depth']}"
-    test = "No test split beside the training data: evaluate.py judges runs on others."
-    if table:
-        test = f"Test split, {first} and the same re-ranked:\n\n{table}"
+    first = candidates_named(flags["eval_run"], flags["eval_depth"])
+    test = table or "Not tested: evaluate.py judges runs of rerank.py."
     validation = "Not validated: the weights of the last step."
     if history:
         step, scores = kept_step(out, flags["eval_dataset"], history)
@@ -40,10 +39,17 @@ def model_card(out: Path, flags: dict, plan: str, history: list, table: str) -> 
         validation = "\n".join([f"Step {step:,} is kept; its validation on {first}:", "",
                                 f"| dataset | {flags['eval_measure']} |", "|---|---:|", *rows])
     source = flags["triples"] or flags["lists"] or flags["first_stage"]
-    licence = data_licence(flags["dataset"], source)
+    licence = data_licence(dataset, source)
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         flags, front=front.to_yaml(), licence=licence, plan=plan, validation=validation, test=test,
         out=out)
+
+
+def candidates_named(runs: list | None, depth: int) -> str:
+    """What is re-ranked, of each query: of the runs of --eval-run, or BM25's."""
+    if not runs:
+        return f"BM25's first {depth}"
+    return f"the first {depth} of {', '.join(Path(run).name for run in runs)}"
 
 
 def kept_step(out: Path, names: list[str], history: list) -> tuple[int, dict[str, float]]:
@@ -66,7 +72,7 @@ def data_licence(dataset: str, source: str) -> str:
         return ("MS MARCO, which Microsoft offers for non-commercial research purposes only. The "
                 f"lists and teacher's scores (`{source}`) are derived from it; those that were "
                 "published name their terms where they are kept (PUBLISHED in data/published.py).")
-    if Path(dataset).is_dir():
+    if not dataset or Path(dataset).is_dir():
         return ("A collection of the user's own; what its licence allows is for its owner to say "
                 "here.")
     return (f"Through ir_datasets, whose page of `{dataset}` names the source and its terms: "

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from data.command import BadInput, at_least
+from data.list_file import carries_texts
 
 # name: (hub id, group); shapes are in kernels/roofline.py
 BACKBONES = {
@@ -67,6 +68,8 @@ def recipe(args: argparse.Namespace) -> argparse.Namespace:
     empty = [name for name in ("lists", "triples") if getattr(args, name) == ""]
     given = {name: value for name, value in vars(args).items()
              if value is not None and name not in empty}
+    if carries_texts(given.get("lists")):
+        given["dataset"] = None
     tiny = args.backbone == "tiny"
     preset = TINY if tiny else {}
     group = GROUPS[BACKBONES.get(args.backbone, ("", "base"))[1]]
@@ -89,7 +92,8 @@ def recipe(args: argparse.Namespace) -> argparse.Namespace:
     flags.setdefault("eval_every", max(steps // 40, min(steps, 100)))
     flags.setdefault("save_every", flags["eval_every"])
     flags["eval_dataset"] = validation_sets(dataset, args.eval_dataset, tiny)
-    flags.setdefault("out", default_folder(args, dataset))
+    trained_on = dataset or Path(flags["lists"]).name.partition(".")[0]
+    flags.setdefault("out", default_folder(args, trained_on))
     if args.dtype == "auto":
         flags["dtype"] = dtype_of(args.device)
     if flags["warmup"] > steps:
@@ -98,7 +102,7 @@ def recipe(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**nothing | flags)
 
 
-def lists_of(given: dict, dataset: str) -> dict:
+def lists_of(given: dict, dataset: str | None) -> dict:
     """Where the lists come from: what was given, else the paper's files for MS MARCO, else BM25."""
     tiny, loss = given["backbone"] == "tiny", given["loss"]
     source = {name: given[name] for name in ("lists", "triples", "first_stage") if name in given}
@@ -131,9 +135,11 @@ def lengths_of(backbone: str) -> dict:
         raise BadInput(f"{config}: not the config of a model ({str(e)[:100]})") from e
 
 
-def validation_sets(dataset: str, given: list[str] | None, tiny: bool) -> list[str]:
+def validation_sets(dataset: str | None, given: list[str] | None, tiny: bool) -> list[str]:
     """The datasets of --eval-dataset, by default the dev split that belongs to the training
     data."""
+    if dataset is None:  # lists with their texts
+        dataset, given = "", given or ["none"]
     folder = Path(dataset) if Path(dataset).is_dir() else Path(dataset).parent
     names = given
     if names is None and dataset.split("/")[0] == "pydocs":

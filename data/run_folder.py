@@ -10,6 +10,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from data.command import BadInput, say
@@ -137,6 +138,7 @@ class Log:
             self.writers.append(lambda row: wandb.log(row, step=row["step"]))
 
     def __call__(self, **row) -> None:
+        row["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}

@@ -297,6 +297,14 @@ def _json_lines(path: Path, seen: dict) -> Iterator[tuple[int, dict]]:
 
 def _json_row(line: bytes, where: str) -> dict:
     """{"_id": str, "text": str, ...} of a line."""
+    row = json_object(line, where)
+    if not all(isinstance(row.get(k), str) for k in ("_id", "text")):
+        raise BadInput(f'{where}: expected {{"_id": "...", "text": "..."}} with strings')
+    return row
+
+
+def json_object(line: bytes, where: str) -> dict:
+    """The JSON object of a line; BadInput, beginning with `where`, for anything else."""
     try:
         row = json.loads(line)
     except UnicodeDecodeError:
@@ -307,10 +315,7 @@ def _json_row(line: bytes, where: str) -> dict:
             hint = "gzip data: gunzip it"
         raise BadInput(f"{where}: not a JSON object ({hint}); one object per line expected"
                        ) from None
-    strings = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("_id", "text"))
-    if not strings:
-        raise BadInput(f'{where}: expected {{"_id": "...", "text": "..."}} with strings')
-    return row
+    return row if isinstance(row, dict) else {}
 
 
 def check_id(name: str, where: str) -> str:

@@ -105,7 +105,7 @@ def _to_arrow(path: Path, folder: Path) -> None:
 
 def _columns_of(path: Path) -> int:
     """3 or 5, by the first line."""
-    with _reading(path), pa.OSFile(str(path)) as raw, io.BufferedReader(_unpacked(raw)) as lines:
+    with reading(path), pa.OSFile(str(path)) as raw, io.BufferedReader(unpacked(raw)) as lines:
         first = lines.readline()
     if not first.strip():
         raise BadInput(f"{path}: empty; expected one triple per line")
@@ -127,9 +127,9 @@ def _convert(path: Path, columns: int, to: Path) -> tuple[int, bool]:
         return "error" if row.text.strip() else "skip"
 
     with (
-        _reading(path),
+        reading(path),
         pa.OSFile(str(path)) as raw,
-        _unpacked(raw) as source,
+        unpacked(raw) as source,
         Progress(total=path.stat().st_size, desc=f"read {path.name}", unit="B", unit_scale=True,
                  leave=False) as bar,
         pa.OSFile(str(to), "wb") as sink,
@@ -155,7 +155,7 @@ def _convert(path: Path, columns: int, to: Path) -> tuple[int, bool]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Inside, a file that cannot be read is BadInput; a full disk is not the file's fault."""
     try:
         yield
@@ -169,7 +169,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise BadInput(f"{path}: cannot be read ({why})") from None
 
 
-def _unpacked(file: pa.NativeFile) -> pa.NativeFile:
+def unpacked(file: pa.NativeFile) -> pa.NativeFile:
     """The content of an open file; gzip and zstd by what they begin with."""
     head = file.read(4)
     file.seek(0)
@@ -184,7 +184,7 @@ def _check_lines(path: Path, columns: int) -> int:
     """The number of lines; BadInput for the first with another number of columns, or without a
     query. Blank lines may come last and are not counted."""
     blank, whole = None, 0
-    with _reading(path), pa.OSFile(str(path)) as raw, io.BufferedReader(_unpacked(raw)) as lines:
+    with reading(path), pa.OSFile(str(path)) as raw, io.BufferedReader(unpacked(raw)) as lines:
         for number, line in enumerate(lines, 1):
             fields = line.split(b"\t")
             if not line.strip():

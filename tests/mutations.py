@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60  # of a case, before it counts as one that never ends
 LIMITS = {resource.RLIMIT_AS: 8 << 30, resource.RLIMIT_CPU: SECONDS,
           resource.RLIMIT_FSIZE: 1 << 30, resource.RLIMIT_CORE: 0}  # fmt: skip
-OUTPUTS = ("out.run", "out.tsv", "out.png", "values.tsv")
+OUTPUTS = ("out.jsonl", "out.run", "out.tsv", "out.png", "values.tsv")
 UNFIT = 99  # exit code of a child whose script succeeded with an output that is not as it has to be
 
 
@@ -70,6 +70,7 @@ POINTWISE = ("teacher.py pointwise --device cpu --model {llm} --dataset {corpus}
              "--out out.run ")  # fmt: skip
 TRAIN = "train.py --device cpu --out out --dataset {corpus} --steps 3 --batch-size 4 --lr 1e-3 "
 TOY, LISTS = TRAIN + "--backbone {model} ", "--lists {teacher.run} --list-size 4 "
+TEXTS = "--device cpu --lists {lists.jsonl} "
 JUDGE = "evaluate.py --qrels {qrels.txt} {runs/bm25.run} {runs/bert-kl.run} "
 COMMANDS = [Command(*line) if isinstance(line, tuple) else Command(line) for line in [
     RERANK + "--run {first.run} --depth 10",
@@ -108,6 +109,11 @@ COMMANDS = [Command(*line) if isinstance(line, tuple) else Command(line) for lin
     TOY + "--triples {triples.tsv} --loss bce --eval-dataset none",
     TOY + "--triples {scored.tsv} --loss marginmse --eval-dataset none",
     (TOY + LISTS + "--loss bce --eval-every 1 --resume", ("train", "save_checkpoint", 2)),
+    TOY + LISTS + "--eval-dataset {corpus}/dev --eval-run {first.run}",
+    *["train.py --out out --backbone {model} --steps 3 --batch-size 4 " + TEXTS + f"--loss {loss}"
+      for loss in ("infonce", "kl --max-teacher-margin 1 --negatives shared")],
+    "teacher.py cross-encoder --model {model} {other} --out out.jsonl --keep-each " + TEXTS,
+    "teacher.py pointwise --model {llm} --out out.jsonl " + TEXTS,
 ]]  # fmt: skip
 
 
@@ -176,6 +182,10 @@ def build(world: Path) -> None:
     (world / "triples.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
     rows = [(f"{i / 4}", f"-{i}", *row) for i, row in enumerate(rows)]
     (world / "scored.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    lists = [{"query": passages[i].strip(), "pos": passages[i : i + 1 + i % 2],
+              "neg": passages[i + 2 : i + 5], "pos_scores": [2.5, 1][: 1 + i % 2],
+              "neg_scores": [0, -1.5, 0.5]} for i in range(10)]  # fmt: skip
+    (world / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
 
 
 def leave_behind(world: Path, number: int) -> None:
@@ -499,14 +509,14 @@ FLAGS = {
     "evaluate": ("digits top seed", "dataset qrels plot per-query runs baseline",
                  "measures test format plot-kind suite compare"),
     "cross-encoder": ("depth max-tokens query-length doc-length seed",
-                      "model dataset run triples out", "dtype normalize first-stage"),
+                      "model dataset run triples lists out", "dtype normalize first-stage"),
     "listwise": ("depth window stride passage-words batch-size concurrency timeout seed",
                  "model dataset run out endpoint", "prompt retries answer-tokens dtype"),
-    "pointwise": ("depth max-tokens query-length doc-length seed", "model dataset run out",
+    "pointwise": ("depth max-tokens query-length doc-length seed", "model dataset run lists out",
                   "template answers instruction dtype"),
     "train": ("depth list-size batch-size lr warmup weight-decay clip eval-every eval-depth "
               "eval-queries save-every seed max-tokens query-length doc-length max-teacher-margin",
-              "backbone dataset lists triples out eval-dataset",
+              "backbone dataset lists triples out eval-dataset eval-run",
               "loss negatives log eval-measure budget steps workers"),
 }
 ODD_PATHS = ["", ".", "..", "no/such", "é/日本", "\udcff", "x" * 300, "-", "case.json", "a\nb", "~",
@@ -646,6 +656,8 @@ def unfit(argv: list[str], printed: str) -> str | None:
             return "a table with NaN"
     if out is None or argv[0] == "evaluate.py":
         return None if printed.strip() else "printed nothing"
+    if "--lists" in given:
+        return unfit_lists(out, given["--lists"])
     if triples:
         return unfit_triples(out, triples, given["--dataset"])
     return unfit_run(out, source, int(given.get("--depth", 1000)), "--skip-missing" in argv)
@@ -657,6 +669,15 @@ def unfit_folder(out: Path) -> str | None:
     CrossEncoder.from_pretrained(out, device="cpu")
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return None if rows and (out / "README.md").is_file() else "no log, or no README.md"
+
+
+def unfit_lists(out: str, source: str) -> str | None:
+    from data.list_file import ListFile
+
+    before, got = ListFile(Path(source)), ListFile(Path(out))
+    same = list(before.corpus()) == list(got.corpus())
+    scored = bool(abs(got.scores).max() < math.inf)
+    return None if same and scored else f"same texts: {same}, all scored: {scored}"
 
 
 def unfit_triples(out: str, source: str, dataset: str) -> str | None:

@@ -368,11 +368,11 @@ def test_out_that_exists_and_sources(place, monkeypatch, tmp_path, capsys):
         assert ensemble(monkeypatch, place, tmp_path / "u.run", *more) == 2
         error = capsys.readouterr().err
         assert error == ("error: give one of --run FILE, --first-stage bm25|scoreddocs, "
-                         "--triples TSV (see --help)\n")
+                         "--triples TSV, --lists JSONL (see --help)\n")
     assert run(monkeypatch, teacher, "pointwise", "--model", "m", "--dataset", "d", "--out",
                tmp_path / "u.run") == 2
     assert capsys.readouterr().err == ("error: give one of --run FILE, --first-stage "
-                                       "bm25|scoreddocs (see --help)\n")
+                                       "bm25|scoreddocs, --lists JSONL (see --help)\n")
 
 
 @pytest.mark.parametrize("command, flag, value", [

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import training
 from data.command import BadInput
 from data.first_stages import bm25
 from data.run_folder import read_log
+from data.runs import write_run
 from data.texts import Texts
 from evaluate import evaluate, mean
 from kernels.encoder import CrossEncoder
@@ -112,7 +114,7 @@ def test_a_step_that_fails_says_what_is_kept_and_what_to_try(place, tmp_path, mo
 
 
 def validation_of(place, split, measure="nDCG@10", rank=0, world=1):
-    return train.Validation([str(place / "corpus" / split)], measure, 20, None, rank, world)
+    return train.Validation([str(place / "corpus" / split)], None, measure, 20, None, rank, world)
 
 
 def test_validation_is_the_measure_of_the_reranked_run(place):
@@ -172,6 +174,50 @@ def test_collapse_is_reported_in_the_log_and_the_closing_table(place, tmp_path, 
     assert "COLLAPSED" in shown.err
     assert logged(tmp_path / "flat")[-1]["collapsed"] is True
     assert "COLLAPSED" in (tmp_path / "flat/README.md").read_text()
+
+
+def test_eval_run_is_what_validation_and_the_closing_table_rerank(place, tmp_path, capsys):
+    """Its first 5 of one query of dev; the other has no candidates and counts 0."""
+    texts, how = Texts(str(place / "corpus/dev")), {"eval-depth": 5, "steps": 2, "eval-every": 2}
+    judged = list(texts.queries)
+    ranked = {f"d{i}": float(-i) for i in range(4, 20)}
+    write_run(tmp_path / "mine.run", {judged[0]: ranked, "q0": ranked})
+    assert train_here(place, out=tmp_path / "out", lists=place / "teacher.run",
+                      **{"eval-run": tmp_path / "mine.run"}, **how) == 0
+    model = CrossEncoder.from_pretrained(tmp_path / "out")
+    first = {judged[0]: dict(list(ranked.items())[:5])}
+    scores = score_run(model, texts, first)
+    measures = ["nDCG@10", "RR@10", "AP"]
+    before, after = (mean(evaluate(texts.qrels, run, measures)) for run in (first, scores))
+    assert logged(tmp_path / "out")[-1]["RR@10"] == pytest.approx(after["RR@10"], abs=1e-12)
+    shown = capsys.readouterr()
+    for name, row in (("mine.run", before), ("out", after)):
+        cells = " \\| +".join(rf"\*{{0,2}}{row[m]:.4f}\*{{0,2}}" for m in measures)
+        assert re.search(rf"\| {name} +\| +{cells}", shown.out), (row, shown.out)
+    assert f"no candidates of 1 of {len(judged)} queries" in shown.err
+    card = (tmp_path / "out/README.md").read_text()
+    assert "its validation on the first 5 of mine.run" in card and "| mine.run " in card
+    args = json.loads((tmp_path / "out/args.json").read_text())
+    assert str(tmp_path / "mine.run") in args["data"]
+    write_run(tmp_path / "mine.run", {"q0": ranked})
+    with pytest.raises(BadInput, match="candidates of no judged query"):
+        train_here(place, out=tmp_path / "none", **{"eval-run": tmp_path / "mine.run"}, **how)
+
+
+def test_the_closing_table_can_be_left_out(place, tmp_path, capsys):
+    how = {"steps": 1, "eval-dataset": "none"}
+    assert train_here(place, out=tmp_path / "a", **{"no-table": True}, **how) == 0
+    assert train_here(place, out=tmp_path / "b", lists=place / "teacher.run", **how) == 0
+    shown = capsys.readouterr()
+    assert "nDCG" not in shown.out and shown.err.count("no closing table") == 1
+    assert "Not tested" in (tmp_path / "a/README.md").read_text()
+
+
+def test_every_line_of_the_log_has_its_time(place, tmp_path):
+    assert train_here(place, out=tmp_path / "out", steps=2, **{"eval-every": 1}) == 0
+    times = [datetime.fromisoformat(row["time"]) for row in logged(tmp_path / "out")]
+    assert len(times) == 4 and times == sorted(times)
+    assert abs((datetime.now(UTC) - times[-1]).total_seconds()) < 60
 
 
 # ------------------------------------------------------------------------------------------- flags
