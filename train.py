@@ -45,7 +45,7 @@ from data.list_file import ListFile, carries_texts
 from data.lists import FROM_TEACHER, Batches, Lists, TextLists, Triples, hash_of
 from data.model_card import candidates_named, model_card
 from data.paper import BACKBONES, LOSSES, SHARED_LISTS, recipe
-from data.published import PUBLISHED, downloads, kept_at, published
+from data.published import downloads, listed, published
 from data.run_folder import (
     Log,
     begun_with,
@@ -255,30 +255,23 @@ def operations(backbone: str, documents: int, steps: int) -> list[str]:
             "(kernels/ROOFLINE.md), validation not counted"]
 
 
-def files(backbone: str, dataset: str | None, source: str | None,
-          eval_dataset: list[str]) -> list[str]:
+def files(args: argparse.Namespace) -> list[str]:
     """A line for each file that the run reads: size and md5 where they are known, and whether it is
-    here already. source: --triples or --lists."""
+    here already."""
     from huggingface_hub import try_to_load_from_cache
 
     from kernels.roofline import MODELS, parameters
 
-    rows = []  # (what, bytes, md5, is here), None where it is not known
-    if backbone in BACKBONES:
-        hub, weights = BACKBONES[backbone][0], ("model.safetensors", "pytorch_model.bin")
+    rows = []
+    if args.backbone in BACKBONES:
+        hub, weights = BACKBONES[args.backbone][0], ("model.safetensors", "pytorch_model.bin")
         here = any(isinstance(try_to_load_from_cache(hub, name), str) for name in weights)
-        rows.append((f"weights of {hub}", 4 * sum(parameters(MODELS[backbone])), None, here))
-    rows += downloads(dataset) if dataset else []
-    if source and Path(source).exists():
-        rows.append((source, Path(source).stat().st_size, None, True))
-    elif source == "docpairs":
-        rows += downloads("msmarco-passage/train/docpairs")
-    elif source in PUBLISHED:
-        _, file, md5 = PUBLISHED[source]
-        rows.append((f"{source}: {file}", None, md5, kept_at(source).exists()))
-    elif source:
-        rows.append((source, None, None, False))
-    for name in eval_dataset:
+        size = 4 * sum(parameters(MODELS[args.backbone]))
+        rows.append((f"weights of {hub}", size, None, here))
+    rows += downloads(args.dataset) if args.dataset else []
+    for source in [args.triples or args.lists, *(args.eval_run or [])]:
+        rows += listed(str(source)) if source else []
+    for name in args.eval_dataset:
         rows += downloads(name) if name.startswith("nano-beir/") else []
     lines = []
     for what, size, md5, here in rows:
@@ -784,8 +777,7 @@ def close(args: argparse.Namespace, history: list, table: str) -> None:
 def main() -> int:
     args = parse()
     if args.dry_run:
-        lines = files(args.backbone, args.dataset, args.triples or args.lists, args.eval_dataset)
-        print(plan(args), *lines, f"out        {args.out}", sep="\n")
+        print(plan(args), *files(args), f"out        {args.out}", sep="\n")
         return 0
     from kernels import cpu
 

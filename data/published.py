@@ -150,7 +150,7 @@ def downloads(dataset: str) -> list[tuple[str, int | None, str | None, bool]]:
         parts = {"train/docpairs": "../teachers/docpairs.tsv"}
     elif benchmark == "nano-beir":
         kinds = [f"{dataset.partition('/')[2]}/{part}" for part in ("docs", "queries", "qrels")]
-        entries = [_listed(benchmark)[kind] for kind in kinds]
+        entries = [_in_ir_datasets(benchmark)[kind] for kind in kinds]
         here = all((home / benchmark / entry["cache_path"]).exists() for entry in entries)
         md5s = ", ".join(entry["expected_md5"] for entry in entries)
         return [(f"{dataset} (docs, queries, qrels)", None, md5s, here)]
@@ -162,14 +162,26 @@ def downloads(dataset: str) -> list[tuple[str, int | None, str | None, bool]]:
         return [(dataset, size or None, None, here)]
     rows = []
     for key, path in parts.items():
-        entry = _listed(benchmark)[key]
+        entry = _in_ir_datasets(benchmark)[key]
         here = any((home / benchmark / p).exists() for p in (entry["cache_path"], path))
         rows.append((entry["url"].rpartition("/")[2], entry["size_hint"], entry["expected_md5"],
                      here))
     return rows
 
 
-def _listed(benchmark: str) -> dict:
+def listed(source: str) -> list[tuple[str, int | None, str | None, bool]]:
+    """The same of a run, triples or lists, by their path or published name."""
+    if Path(source).exists():
+        return [(source, Path(source).stat().st_size, None, True)]
+    if source == "docpairs":
+        return downloads("msmarco-passage/train/docpairs")
+    if source in PUBLISHED:
+        _, file, md5 = PUBLISHED[source]
+        return [(f"{source}: {file}", None, md5, kept_at(source).exists())]
+    return [(source, None, None, False)]
+
+
+def _in_ir_datasets(benchmark: str) -> dict:
     """ir_datasets' own list of a benchmark's files."""
     package = Path(importlib.util.find_spec("ir_datasets").origin).parent
     return json.loads((package / "etc" / "downloads.json").read_text(encoding="utf-8"))[benchmark]

@@ -76,11 +76,6 @@ CELLS = [(backbone, loss) for backbone in BACKBONES for loss in LOSSES]
 DAILY = [(list(BACKBONES)[i % 9], list(LOSSES)[i % 6]) for i in range(12)]
 
 
-def files_of(args) -> list[str]:
-    source = args.triples or args.lists
-    return train.files(args.backbone, args.dataset, source, args.eval_dataset)
-
-
 def test_every_cell_is_the_papers_recipe(tmp_path, monkeypatch):
     monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path / "irds"))
     assert len(CELLS) == 54
@@ -103,7 +98,7 @@ def test_every_cell_is_the_papers_recipe(tmp_path, monkeypatch):
         # a training step takes 6 operations per parameter and token, and some for attention
         tflop = float(re.search(r"([\d.]+) TFLOP a step", text)[1])
         assert tflop == pytest.approx(6e-12 * millions * 1e6 * 90 * documents, rel=0.15), backbone
-        lines = files_of(args)
+        lines = train.files(args)
         (source,) = (line for line in lines if file in line)
         assert md5 in source and source.endswith("not here")
         assert "1.058 GB, md5 31644046b18952c1386cd4564ba2ae69" in lines[1] and hub in lines[0]
@@ -120,7 +115,7 @@ def test_the_plan_says_what_is_here(tmp_path, monkeypatch):
         (tmp_path / path).touch()
 
     def here(loss):
-        lines = files_of(train.parse(["--backbone", "bert", "--loss", loss]))
+        lines = train.files(train.parse(["--backbone", "bert", "--loss", loss]))
         return [line.split(",")[0].split()[1] for line in lines if not line.endswith("not here")]
 
     assert here("bce") == ["collectionandqueries.tar.gz", "qidpidtriples.train.full.tsv.gz"]
