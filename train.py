@@ -1,4 +1,4 @@
-"""Train a cross-encoder re-ranker with any of seven objectives, by the recipes of arXiv 2603.03010.
+"""Train a cross-encoder re-ranker with any of eight objectives, by the recipes of arXiv 2603.03010.
 
     python train.py --backbone tiny --dataset pydocs        a first run: minutes on a CPU, offline
     python train.py --backbone modernbert --loss infonce    the paper's: MS MARCO, 200,000 steps
@@ -104,10 +104,11 @@ def add_data_flags(add) -> None:
         help="ir_datasets id, BEIR folder or pydocs "
         "(default: msmarco-passage/train; for tiny, pydocs)")
     add("--lists",
-        help="TREC run of candidates; its scores are the teacher's for marginmse, ranknet, "
-        "adrmse and kl; or the name of a published file (colbert, rankzephyr-50, ...); or JSONL "
-        'with texts, no --dataset then: {"query": "...", "pos": ["..."], "neg": ["..."]} a line, '
-        'and a teacher\'s "pos_scores": [1.5], "neg_scores": [-2] (.gz and .zst too)')
+        help=f"TREC run of candidates; its scores are the teacher's for {', '.join(FROM_TEACHER)} "
+        "(mse: raw logits, not ranks); or the name of a published file (colbert, rankzephyr-50, "
+        f"...; on MS MARCO mse takes {SHARED_LISTS}); or JSONL with texts, no --dataset then: "
+        '{"query": "...", "pos": ["..."], "neg": ["..."]} a line, and a teacher\'s "pos_scores": '
+        '[1.5], "neg_scores": [-2] (.gz and .zst too)')
     add("--triples",
         help="TSV: qid pos neg, or pos_score neg_score qid pos_pid neg_pid; or ensemble-t2, "
         "ensemble-t1")
@@ -116,7 +117,7 @@ def add_data_flags(add) -> None:
     add("--depth", type=at_least(1),
         help="candidates per query that are kept of a list (default 100)")
     add("--list-size", type=at_least(1),
-        help="documents per list (2 for bce, hinge, marginmse; infonce 8; others 50)")
+        help="documents per list (2 for bce, hinge, marginmse; infonce, mse 8; others 50)")
     add("--negatives", choices=["recipe", "shared"], default="recipe",
         help="shared: every loss gets the same lists, one relevant document and list-size - 1 "
         "others, and as many of them per step "

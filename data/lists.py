@@ -23,7 +23,7 @@ from data.runs import Columns, line_of
 from data.texts import DocumentTokens, Texts
 from data.triples import TripleFile
 
-FROM_TEACHER = ("marginmse", "ranknet", "adrmse", "kl")  # the losses on a teacher's scores
+FROM_TEACHER = ("marginmse", "ranknet", "adrmse", "kl", "mse")  # the losses on a teacher's scores
 
 
 class LeftOut(Exception):
@@ -57,6 +57,10 @@ class Lists:
         with np.errstate(over="ignore"):
             self.scores = run.values.astype(np.float32)
         self._check_scores()
+        if self.loss == "mse" and self._are_ranks():
+            say("lists: the scores are whole numbers without ties, as ranks are in an LLM's run "
+                "(depth - rank + 1): mse learns the numbers themselves; ranknet and adrmse learn "
+                "an order")
         self.relevant = self._relevant()
         self.elsewhere, self.filtered = texts.other_splits(), 0
         self.queries, self.positives, self.sizes, rows, left = [], [], [], [], Counter()
@@ -80,6 +84,11 @@ class Lists:
             qid = self.run.qids[self.run.query_of_rows()[bad[0]]]
             raise BadInput(f"{self.path}: query {qid!r} has scores beyond the range of single "
                            "precision")
+
+    def _are_ranks(self) -> bool:
+        """Whether every query's scores are whole numbers, no two alike."""
+        lists = (self.scores[self._rows(i)] for i in range(len(self.run.qids)))
+        return all((s % 1 == 0).all() and len(np.unique(s)) == len(s) for s in lists)
 
     def _relevant(self) -> dict[str, list[str]]:
         """{qid: relevant documents that the dataset holds}; counts those that it lacks."""
@@ -131,8 +140,10 @@ class Lists:
     def _ranked(self, i: int) -> tuple[list, np.ndarray, int]:
         """The same for lists of candidates in a teacher's order: rows are all of them."""
         row_of, rows = self._row_of(i), self._rows(i)
-        if len(rows) < 2:
+        if self.loss != "mse" and len(rows) < 2:
             raise LeftOut("fewer than two candidates")
+        if len(rows) < 1:
+            raise LeftOut("no candidate")
         self._learns(i)
         positives = self._scored(self.relevant[self.run.qids[i]], row_of)
         return positives, rows, min(self.size, len(rows))
@@ -253,6 +264,8 @@ class TextLists:
         relevant = np.bincount(line[self.kept & file.positive], minlength=n)
         others = np.bincount(line[self.kept & ~file.positive], minlength=n)
         lacks = {"fewer than two texts": relevant + others < 2}
+        if self.loss == "mse":  # which compares no texts with each other
+            lacks = {}
         if self.labelled:
             lacks = {"no relevant text": relevant == 0, "no text that is not relevant": others == 0}
         if self.teacher:

@@ -38,11 +38,14 @@ def model_card(out: Path, flags: dict, plan: str, history: list, table: str) -> 
         rows = [f"| {name} | {score:.4f} |" for name, score in scores.items()]
         validation = "\n".join([f"Step {step:,} is kept; its validation on {first}:", "",
                                 f"| dataset | {flags['eval_measure']} |", "|---|---:|", *rows])
+    scale = ""
+    if flags["loss"] == "mse":
+        scale = " further than the teacher's, whose scale they have"
     source = flags["triples"] or flags["lists"] or flags["first_stage"]
     licence = data_licence(dataset, source)
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         flags, front=front.to_yaml(), licence=licence, plan=plan, validation=validation, test=test,
-        out=out)
+        scale=scale, out=out)
 
 
 def candidates_named(runs: list | None, depth: int) -> str:

@@ -121,7 +121,9 @@ def what_was_tested(table: Table, comparisons: list[Comparison], baseline: str |
 
 def backbone_and_loss(name: str) -> tuple[str, str] | None:
     """("minilm", "infonce") of a run named minilm-infonce; None for other names."""
-    match = re.fullmatch(rf"(.+)-({'|'.join(LOSSES)})( \(\d+ seeds\))?", name.lower())
+    # mse is no part of ADR-MSE or Margin-MSE, as others name their models
+    backbone, losses = r"(.+)(?<!-adr)(?<!-margin)", "|".join(LOSSES)
+    match = re.fullmatch(rf"{backbone}-({losses})( \(\d+ seeds\))?", name.lower())
     return match and (match[1], match[2])
 
 

@@ -19,7 +19,8 @@ but torch (and triton on CUDA).
 
 Sources: Morand et al., "Reproducing and Comparing Distillation Techniques for Cross-Encoders",
 arXiv 2603.03010, and the code it ran (xpmir, xpm-torch); Schlatt et al., "Rank-DistiLLM", arXiv
-2405.07920 (RankNet, ADR-MSE); Hofstätter et al., arXiv 2010.02666 (MarginMSE).
+2405.07920 (RankNet, ADR-MSE); Hofstätter et al., arXiv 2010.02666 (MarginMSE); the recipe of the
+ettin-reranker models (MSE on logits).
 """
 
 from __future__ import annotations
@@ -166,6 +167,23 @@ def kl(scores, targets, lengths=None, *, temperature=1.0):
     return _mean(terms.sum(1), valid.sum(1) > 1)
 
 
+def mse(scores, targets, lengths=None):
+    """Mean squared error on a teacher's raw logits, pointwise distillation.
+
+        mean over documents of  (s_i - t_i)^2
+
+    The student takes over the teacher's scale, so targets are logits; of ranks it would learn the
+    numbers. A list of one document counts: the unit is the document. The recipe of the
+    ettin-reranker models (huggingface/blog ettin-reranker.md, May 2026; sentence-transformers'
+    cross-encoder MSELoss); not in arXiv 2603.03010.
+    """
+    lengths = _check(scores, targets, lengths)
+    if _use_kernels(scores):
+        return _fused(scores, targets, lengths, "mse", 0.0)[0]
+    s, t, valid = _ragged(scores, targets, lengths)
+    return _mean((s - t).square(), valid)
+
+
 LOSSES = {
     "bce": bce,
     "hinge": hinge,
@@ -174,6 +192,7 @@ LOSSES = {
     "ranknet": ranknet,
     "adrmse": adrmse,
     "kl": kl,
+    "mse": mse,
 }
 
 
@@ -616,6 +635,24 @@ def _kl_kernel(
 
 
 @_jit
+def _mse_kernel(
+    scores, targets, lengths, gradient, partials, columns, parameter,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum_i (s_i - t_i)^2
+    gradient  2 (s_i - t_i)
+    """
+    scores, targets, gradient, n = _row(scores, targets, gradient, lengths, columns)
+    total = 0.0
+    for start in range(0, columns, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        error = _read(scores, i, n) - _read(targets, i, n)  # 0 at i >= n
+        total += tl.sum(error * error, 0)
+        tl.store(gradient + i, 2.0 * error, mask=i < columns)
+    _finish(partials, total, n)
+
+
+@_jit
 def _mean_kernel(partials, loss, scale, queries, BLOCK: tl.constexpr):
     """partials [2, queries] -> loss [] = sum / units, scale [] = 1 / units; without units 0, 1."""
     total = tl.zeros([BLOCK], tl.float32)
@@ -638,6 +675,7 @@ _KERNELS = {
     "ranknet": _ranknet_kernel,
     "adrmse": _adrmse_kernel,
     "kl": _kl_kernel,
+    "mse": _mse_kernel,
 }
 
 # For tests and benchmarks: True runs the kernels (interpreted on a CPU), False the formulas.

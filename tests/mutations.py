@@ -104,7 +104,7 @@ COMMANDS = [Command(*line) if isinstance(line, tuple) else Command(line) for lin
     TRAIN + "--backbone tiny --list-size 4 --query-length 8 --doc-length 16 "
             "--eval-dataset {corpus}/dev",
     TOY + "--first-stage bm25 --loss hinge",
-    *[TOY + LISTS + f"--loss {loss}" for loss in ("adrmse", "infonce", "kl")],
+    *[TOY + LISTS + f"--loss {loss}" for loss in ("adrmse", "infonce", "kl", "mse")],
     TOY + LISTS + "--loss ranknet --negatives shared --max-teacher-margin 1 --skip-missing",
     TOY + "--triples {triples.tsv} --loss bce --eval-dataset none",
     TOY + "--triples {scored.tsv} --loss marginmse --eval-dataset none",

@@ -23,7 +23,7 @@ from data.command import guarded
 from data.paper import LOSSES
 from data.runs import BEIR, QRELS, _read_arrow, _read_lines
 from data.significance import bootstrap, compare, holm, paired_t, randomization
-from data.tables import Entry, entries, latex
+from data.tables import Entry, backbone_and_loss, entries, latex
 
 ROOT = Path(e.__file__).parent
 DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -878,7 +878,8 @@ def test_suite(suite, capsys):
 def test_compare_with_the_paper(suite, capsys):
     arguments = ["--suite", "paper", "--runs", suite / "runs", "--qrels", suite / "judged",
                  "--compare", "paper"]
-    _, out, _ = script(capsys, *arguments)
+    shutil.copytree(suite / "runs/bm25", suite / "runs/minilm-mse")  # a loss that it has not
+    status, out, _ = script(capsys, *arguments)
     lines = [[c.strip() for c in line.split("|")] for line in out.splitlines() if "|" in line]
     rows = {name: cells for _, name, *cells, _ in lines}
     paper = rows["minilm-infonce (2 seeds): paper, MiniLM-L12 (33M) InfoNCE"]
@@ -886,13 +887,25 @@ def test_compare_with_the_paper(suite, capsys):
     ours = float(re.sub(r"[^\d.]", "", rows["b minilm-infonce (2 seeds)"][1]))
     gaps = rows["minilm-infonce (2 seeds): ours - paper"]
     assert gaps[0] == "" and float(gaps[1]) == pytest.approx(ours - 0.758, abs=1.1e-4)
-    assert "bm25: no row of the paper" in out
+    assert "bm25: no row of the paper" in out and "minilm-mse: no row of the paper" in out
+    assert status == 0 and not any(name.startswith("minilm-mse:") for name in rows)
+
+
+@pytest.mark.parametrize("name, pair", [
+    ("bert-mse", ("bert", "mse")),
+    ("bert-marginmse (3 seeds)", ("bert", "marginmse")),
+    ("my-bert-mse", ("my-bert", "mse")),
+    ("bert-ADR-MSE", None),
+    ("bert-margin-mse", None),
+])
+def test_the_backbone_and_loss_of_a_name(name, pair):
+    assert backbone_and_loss(name) == pair
 
 
 def test_the_papers_table_is_whole():
     data = json.loads((ROOT / "results" / "paper-ndcg10.json").read_text())
     means = {loss: np.mean([r["values"] for r in data["rows"] if r["loss"] == loss], 0)
-             for loss in LOSSES[:-1]}
+             for loss in LOSSES[:6]}
     assert len(data["rows"]) == 54 and list(e.SUITES["paper"]) == data["columns"]
     assert means["infonce"] == pytest.approx([0.456, 0.732, 0.718, 0.484, 0.525, 0.452], abs=6e-4)
     assert means["bce"] == pytest.approx([0.396, 0.629, 0.622, 0.413, 0.459, 0.331], abs=6e-4)

@@ -101,6 +101,8 @@ def test_losses_on_a_teacher_get_the_files_scores(tmp_path, capsys):
         for n, u in (("n0", -1.0), ("n1", 2.5), ("n2", 0.25))}
     assert [margins.where(i).rpartition(":")[2] for i in range(len(margins))] == ["2", "6"]
     assert len(TextLists(file, "ranknet", 2)) == 2  # without line 6, whose scores tie
+    lone = written(tmp_path / "lone.jsonl", [{"query": "f", "pos": ["p0"], "pos_scores": [0.5]}])
+    assert items(TextLists(ListFile(lone), "mse", 8), 0)[0] == [("p0", 0.5)]
 
 
 def test_shared_lists_are_the_same_for_every_loss(tmp_path):

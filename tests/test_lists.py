@@ -8,6 +8,7 @@ import training
 from data.command import BadInput
 from data.first_stages import candidates
 from data.lists import FROM_TEACHER, Lists, Triples, permuted
+from data.runs import Columns
 from data.texts import Texts
 from kernels import losses
 from training import batches, run_main
@@ -42,6 +43,7 @@ def test_triples_are_lists_of_two_with_the_targets_of_the_loss(place):
     assert source.item(49, None) == ("q9", ["d9", "d4"], [1.0, 0.0])
     scored = Triples(place / "scored.tsv", "marginmse")
     assert scored.item(3, None) == ("q3", ["d3", "d42"], [0.75, -3.0])
+    assert Triples(place / "scored.tsv", "mse").item(3, None) == scored.item(3, None)
     assert Triples(place / "scored.tsv", "hinge").item(3, None)[2] == [1.0, 0.0]
 
 
@@ -145,6 +147,33 @@ def test_marginmse_lists_start_with_the_relevant_document(place):
         relevant = [d for d in docids if texts.qrels.get(qid, {}).get(d, 0) > 0]
         assert docids[0] == relevant[0] if relevant else targets[0] == max(targets)
         assert targets == pytest.approx([run[qid][d] for d in docids])
+
+
+@pytest.mark.parametrize("loss, scores, ranks", [
+    ("mse", [3, 2, 1], True),
+    ("mse", [9, 5, 3], True),  # of a list with gaps
+    ("mse", [3, 2, 2], False),  # grades
+    ("mse", [3, 2, 1.5], False),
+    ("adrmse", [3, 2, 1], False),
+])
+def test_mse_is_told_of_ranks_in_place_of_logits(place, capsys, loss, scores, ranks):
+    run = {"q1": {"d1": 2, "d3": 1}, "q2": dict(zip(["d2", "d4", "d5"], scores, strict=True))}
+    source = Lists(Columns.of(run), Texts(str(place / "corpus"), split="train"), loss, 8)
+    assert len(source) == 2
+    assert capsys.readouterr().err.count("depth - rank + 1") == ranks
+
+
+@pytest.mark.parametrize("loss, kept, why", [
+    ("mse", ["q1", "q2"], "no candidate"),
+    ("kl", ["q2"], "fewer than two candidates"),
+])
+def test_a_candidate_alone_teaches_a_pointwise_student(place, capsys, loss, kept, why):
+    run = Columns.of({"q0": {}, "q1": {"d1": 0.5}, "q2": {"d2": 1.5, "d4": -1.0}})
+    source = Lists(run, Texts(str(place / "corpus"), split="train"), loss, 8)
+    assert [source.item(i, 0)[0] for i in range(len(source))] == kept
+    assert f"{3 - len(kept)} of 3 queries left out: {why}" in capsys.readouterr().err
+    if loss == "mse":
+        assert source.item(0, 0) == ("q1", ["d1"], [0.5])
 
 
 def test_shared_lists_are_the_same_for_every_loss(place):

@@ -85,6 +85,10 @@ def loop_kl(s, t, temperature=1.0):
     return math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)), 1
 
 
+def loop_mse(s, t):
+    return math.fsum((x - y) ** 2 for x, y in zip(s, t, strict=True)), len(s)
+
+
 # name, arguments, kind of targets
 CASES = [
     ("bce", {}, "labels"),
@@ -104,13 +108,15 @@ CASES = [
     ("adrmse", {"temperature": 2.0}, "logits"),
     ("kl", {}, "logits"),
     ("kl", {"temperature": 3.0}, "ranks"),
+    ("mse", {}, "logits"),
 ]
 IDS = ["-".join([name, *(str(v) for v in args.values()), kind]) for name, args, kind in CASES]
 every_case = pytest.mark.parametrize(("name", "args", "kind"), CASES, ids=IDS)
-ONE_EACH = (0, 2, 4, 5, 7, 9, 12, 15)  # every kernel once
+ONE_EACH = (0, 2, 4, 5, 7, 9, 12, 15, 17)  # every kernel once
 every_kernel = pytest.mark.parametrize(
     ("name", "args", "kind"), [CASES[k] for k in ONE_EACH], ids=[IDS[k] for k in ONE_EACH]
 )
+POINTWISE = ("bce", "mse")  # a list of one document counts
 every_kernel_daily = pytest.mark.parametrize(
     ("name", "args", "kind"),
     [pytest.param(*case, id=IDS[k], marks=[] if k in ONE_EACH else pytest.mark.slow)
@@ -258,7 +264,7 @@ def test_queries_without_units_change_nothing(name, args, kind):
     loss, gradient = value_and_gradient(name, scores, targets, lengths, **args)
     row = torch.arange(8.0)
     idle = [(torch.zeros(8), 0)]  # (targets, length) of queries that offer this loss nothing
-    if name != "bce":
+    if name not in POINTWISE:
         idle.append((torch.ones(8), 1))
     if name in ("hinge", "infonce"):
         idle.append((torch.zeros(8), 8))
@@ -275,7 +281,7 @@ def test_queries_without_units_change_nothing(name, args, kind):
 @pytest.mark.usefixtures("path")
 @every_kernel
 def test_nothing_to_count_is_zero_with_zero_gradient(name, args, kind):
-    alone = 0 if name == "bce" else 1
+    alone = 0 if name in POINTWISE else 1
     for shape, lengths in [((0, 5), []), ((3, 0), [0] * 3), ((2, 6), [0, 0]),
                            ((2, 6), [alone, alone])]:
         scores = torch.full(shape, NAN)
@@ -357,6 +363,10 @@ def test_published_values():
     two = table([[1.0, 1, 0, 0]])
     assert losses.infonce(table([[2.0, 1, 0, -1]]), two).item() == pytest.approx(0.940, abs=5e-4)
     assert losses.marginmse(table([[3.0, 1]]), table([[2.0, -2]])).item() == 4
+    assert losses.mse(table([[3.0, 1], [5, 0]]), table([[2.0, -2], [1, 7]])).item() == 75 / 4
+    one = table([2, 1])  # a list of one document counts as every other
+    of_three = losses.mse(table([[3.0, 1], [5, 0]]), table([[2.0, -2], [1, 7]]), one)
+    assert of_three.item() == pytest.approx(26 / 3)
     assert losses.hinge(table([[0.25, 0]]), table([[1, 0]])).item() == 0.75
     weighted = losses.bce(table([[0.0, 0]]), table([[1.0, 0]]), pos_weight=3.0)
     assert weighted.item() == pytest.approx(2 * math.log(2))
@@ -454,7 +464,7 @@ def test_compiled_under_autocast():
     def step(x):
         found = [losses.LOSSES[CASES[k][0]](x * 1, targets, lengths, **CASES[k][1])
                  for k in ONE_EACH]  # fmt: skip
-        return torch.stack(found) * torch.arange(1, 9, device=DEVICE)
+        return torch.stack(found) * torch.arange(1, 1 + len(ONE_EACH), device=DEVICE)
 
     torch.compiler.reset()
     eager, compiled = (scores.clone().requires_grad_() for _ in range(2))

@@ -106,6 +106,16 @@ def test_every_cell_is_the_papers_recipe(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_mse_takes_a_cross_encoders_logits_never_ranks():
+    """No cell of the paper: the lists of `--negatives shared`, 8 of their documents at a time."""
+    for backbone, (_, b, lr, _) in BACKBONES.items():
+        args = train.parse(["--backbone", backbone, "--loss", "mse"])
+        got = args.lists, args.triples, args.depth, args.batch_size, args.list_size, args.lr
+        assert got == ("hf-monoelectra", None, 100, b // 8, 8, lr)
+    args = train.parse(["--backbone", "bert", "--loss", "mse", "--triples", "ensemble-t2"])
+    assert (args.lists, args.batch_size, args.list_size) == (None, 32, 2)
+
+
 def test_the_plan_says_what_is_here(tmp_path, monkeypatch):
     monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path))
     for path in ("msmarco-passage/collection.tsv", "msmarco-passage/train/docpairs.tsv.gz",
@@ -438,6 +448,9 @@ def test_card_of_a_cell_names_its_backbone_and_the_terms_of_ms_marco(tmp_path):
                 print(json.dumps({"step": step, **row}), file=log)
     text = card_of(*cell, history=history).text
     assert "Step 10,000 is kept" in text and "| nano-beir/nq | 0.8100 |\n| mean | 0.7000 |" in text
+    assert "do not compare across queries. Candidates" in text
+    text = card_of("--backbone", "deberta", "--loss", "mse").text
+    assert "across queries further than the teacher's, whose scale they have. Candidates" in text
     card = card_of("--backbone", "tiny")
     assert card.data.base_model is None and "PSF" in card.text and "BSD-3-Clause" in card.text
 

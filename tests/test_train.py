@@ -9,16 +9,19 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+import teacher
+import toy
 import train
 import training
 from data.command import BadInput
 from data.first_stages import bm25
 from data.run_folder import read_log
-from data.runs import write_run
+from data.runs import read_run, write_run
 from data.texts import Texts
 from evaluate import evaluate, mean
 from kernels.encoder import CrossEncoder
@@ -108,6 +111,28 @@ def test_a_step_that_fails_says_what_is_kept_and_what_to_try(place, tmp_path, mo
     monkeypatch.setattr(ListGradient, "__call__", failing)
     with pytest.raises(BadInput, match=f"^{said}$"):
         train_here(place, out=tmp_path / "out")
+
+
+def test_a_student_by_mse_reaches_its_teachers_logits(place, tmp_path, monkeypatch):
+    """teacher.py's scores of another model: the numbers are learned, not their order alone."""
+    large = CrossEncoder.from_pretrained(toy.model(tmp_path / "large", seed=5))
+    large.model.classifier.weight.data *= 8
+    large.model.classifier.bias.data -= 10
+    large.save_pretrained(tmp_path / "large")
+    run, out = tmp_path / "teacher.run", tmp_path / "out"
+    assert run_main(monkeypatch, teacher, "cross-encoder", "--model", tmp_path / "large",
+                    "--dataset", place / "corpus/train", "--first-stage", "bm25", "--depth", 4,
+                    "--out", run, "--device", "cpu", "--dtype", "float32") == 0
+    assert train_here(place, backbone=toy.model(tmp_path / "small"), loss="mse", lists=run, out=out,
+                      steps=60, lr=5e-3, **{"batch-size": 8, "eval-dataset": "none"}) == 0
+    losses, logits = [row["loss"] for row in logged(out)], read_run(run)
+    student = CrossEncoder.from_pretrained(out, dtype="float32", device="cpu")
+    scores = score_run(student, Texts(str(place / "corpus"), split="train"), logits)
+    pairs = [(t, scores[q][d]) for q, ranked in logits.items() for d, t in ranked.items()]
+    theirs, ours = np.array(pairs).T
+    error = np.square(theirs - ours).mean()
+    assert len(pairs) == 64 and abs(theirs.mean()) > 1 and theirs.var() > 1
+    assert losses[0] > 20 * losses[-1] and error < 0.03 * theirs.var()
 
 
 # -------------------------------------------------------------------------------------- validation

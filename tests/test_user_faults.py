@@ -371,7 +371,7 @@ def test_nothing_to_learn_is_said_before_the_first_step(place, tmp_path, call):
                                  out=tmp_path / "2")), "tie")
     rerank.write_run(tmp_path / "large.run", {q: {d: 1e39 + s for d, s in r.items()} for q,
                                               r in run.items()})
-    for loss in ("ranknet", "kl", "marginmse"):
+    for loss in ("ranknet", "kl", "marginmse", "mse"):
         argv = flags(place, loss=loss, lists=tmp_path / "large.run", out=tmp_path / "3")
         one_error(call(train, *argv), "large.run", "single precision")
     (tmp_path / "t.tsv").write_text("".join(f"0.5\t0.5\tq{i}\td{i}\td{i + 20}\n" for i in range(8)))

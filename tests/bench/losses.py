@@ -30,6 +30,7 @@ KINDS = {
     "ranknet": {},
     "adrmse": {},
     "kl": {},
+    "mse": {},
 }
 SIZES = (100, 1000, 4000)  # list lengths of the memory table
 
