@@ -263,11 +263,11 @@ class TextLists:
         file, n = self.file, len(self.file)
         relevant = np.bincount(line[self.kept & file.positive], minlength=n)
         others = np.bincount(line[self.kept & ~file.positive], minlength=n)
-        lacks = {"fewer than two texts": relevant + others < 2}
-        if self.loss == "mse":  # which compares no texts with each other
-            lacks = {}
+        lacks = {}
         if self.labelled:
             lacks = {"no relevant text": relevant == 0, "no text that is not relevant": others == 0}
+        elif self.loss != "mse":  # which compares no texts with each other
+            lacks = {"fewer than two texts": relevant + others < 2}
         if self.teacher:
             lacks["no scores"] = np.isnan(file.scores[file.starts[:-1]])
         if self.loss == "ranknet":
