@@ -599,7 +599,7 @@ def train(args: argparse.Namespace, rank: int, world: int) -> int:
     if before and rank == 0:
         refuse_changes(args.out, before, made_of)
     say(plan(args))
-    say(opened(source, model, world, device))
+    say(opened(source, args.steps * args.batch_size, model, world, device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)
     run = Run(args, model, optimizer, validation, rank)
@@ -623,12 +623,13 @@ def train(args: argparse.Namespace, rank: int, world: int) -> int:
     return 0
 
 
-def opened(source: Lists | TextLists | Triples, model, world: int, device: str) -> str:
-    """A line on what is trained, on what and where."""
+def opened(source: Lists | TextLists | Triples, lists: int, model, world: int, device: str) -> str:
+    """A line on what is trained, on what and where. lists: of all steps together."""
     kind = "triples" if isinstance(source, Triples) else "queries with lists"
     numbers = sum(p.numel() for p in model.parameters())
     processes = "1 process" if world == 1 else f"{world} processes"
-    return f"data       {len(source):,} {kind}; {numbers:,} parameters; {processes} on {device}"
+    return (f"data       {len(source):,} {kind}, seen {lists / len(source):,.1f} times; "
+            f"{numbers:,} parameters; {processes} on {device}")
 
 
 def exact_step(args: argparse.Namespace, model, optimizer, rank: int, world: int):
