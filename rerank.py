@@ -4,7 +4,9 @@
     python rerank.py --model DIR|HUB-ID --dataset msmarco-passage/trec-dl-2019/judged \\
         --run bm25.run --out reranked.run
     python rerank.py --model DIR --dataset my-corpus/ --run bm25.run --long-docs max --out max.run
-    python rerank.py --model DIR --query "how do vaccines work" passages.txt
+    python rerank.py --model DIR --query "how do vaccines work" passages.txt --top 3 --json
+    python rerank.py --dataset my-corpus/ --first-stage bm25 --out bm25.run         the first stage
+    python rerank.py --model runs/*-seed* --dataset D1 D2 --run 1.run 2.run --out runs
     torchrun --nproc_per_node 4 -- rerank.py ...            same flags, the same file
                                                             (without the --, torchrun takes --run)
 
@@ -12,12 +14,17 @@ A dataset is an ir_datasets id, a folder in BEIR layout (corpus.jsonl, queries.j
 qrels/SPLIT.tsv; FOLDER/SPLIT picks one) or `pydocs`, known-item search over the docstrings of the
 installed Python packages. Runs are TREC runs. An interrupted run continues where it stopped when
 the same command is given again.
+
+With several models or datasets --out is a folder: OUT/<model>/<dataset>.run.gz, / in a dataset's
+name as -, as `evaluate.py --suite` reads them. Runs that are there, made from the same models, data
+and flags (OUT.json knows), are skipped; a model is loaded once.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
+import itertools
 import json
 import sys
 import time
@@ -31,14 +38,15 @@ if __name__ == "__main__":
     command.quiet_imports()
 import numpy as np
 
-from data.cache import model_stamp, sha256_of
+from data.cache import model_stamp
 from data.command import BadInput, Parser, Progress, at_least, say
 from data.first_stages import SPLADE, first_stage, first_stage_name
-from data.parts import blocks_of, write_in_blocks
-from data.runs import BOM, atomic_write, read_bytes, run_tag
+from data.parts import blocks_of, digest_of, is_finished, note_of, write_in_blocks
+from data.runs import atomic_write, run_name, run_tag
 from data.runs import read_run as read_run  # of this stage, for who imports from here
 from data.runs import write_run as write_run
-from data.texts import SURROGATE, DocumentTokens, Texts
+from data.texts import SURROGATE, DocumentTokens, Texts, check_dataset, text_lines
+from kernels.sigmoid import sigmoid_in_order
 
 
 class PairScorer:
@@ -54,14 +62,17 @@ class PairScorer:
             (MaxP, Dai and Callan 2019).
         skip_missing: leave documents out that the dataset lacks, and count them, instead of raising
             BadInput.
+        sigmoid: sigmoid_in_order of each query's scores instead of logits.
 
     After use: pairs, passages, truncated_queries, seconds, waited (seconds without text to score).
     """
 
     def __init__(self, model, texts: Texts, run: dict, max_tokens: int | None = None,
-                 long_docs: str = "first", stride: int = 128, skip_missing: bool = False) -> None:
+                 long_docs: str = "first", stride: int = 128, skip_missing: bool = False,
+                 sigmoid: bool = False) -> None:
         self.model, self.texts, self.run, self.max_tokens = model, texts, run, max_tokens
         self.long_docs, self.stride, self.skip_missing = long_docs, stride, skip_missing
+        self.sigmoid = sigmoid
         limit = model.doc_length if long_docs == "first" else None
         self.documents = DocumentTokens(texts, model.tokenize, limit)
         self.pairs = self.passages = self.truncated_queries = 0
@@ -135,6 +146,10 @@ class PairScorer:
         result: dict[str, dict[str, float]] = {qid: {} for qid in block}
         for (qid, docid), score in zip(keys, scores, strict=True):
             result[qid][docid] = score
+        if self.sigmoid:
+            for ranked in result.values():
+                ranked.update(zip(ranked, sigmoid_in_order(np.array(list(ranked.values()))),
+                                  strict=True))
         self.seconds = time.perf_counter() - start
         return result
 
@@ -180,11 +195,11 @@ def score_run(model, texts: Texts, run: dict, max_tokens: int | None = None,
 # ------------------------------------------------------------------------------------- the command
 
 
-def add_first_stage_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose candidates."""
+def add_first_stage_flags(parser: argparse.ArgumentParser, **how) -> None:
+    """The flags that choose candidates; `how`: what else argparse gets for --dataset and --run."""
     add = parser.add_argument
-    add("--dataset", help="ir_datasets id, folder in BEIR layout, or pydocs[/SPLIT]")
-    add("--run", type=Path, help="first stage: a TREC run (.gz and .zst too)")
+    add("--dataset", help="ir_datasets id, folder in BEIR layout, or pydocs[/SPLIT]", **how)
+    add("--run", type=Path, help="first stage: a TREC run (.gz and .zst too)", **how)
     add("--first-stage", type=first_stage_name, metavar="bm25|scoreddocs|splade[:MODEL]",
         help="make the first stage: BM25, what ir_datasets ships, or SPLADE (default model: the "
         f"paper's, {SPLADE})")
@@ -198,49 +213,166 @@ def parse() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--model", required=True, help="model folder or hub id")
-    add_first_stage_flags(parser)
-    add("--out", type=Path, help="the TREC run to write")
-    add("--overwrite", action="store_true", help="replace --out where it exists")
+    add("--model", nargs="+", help="model folders or hub ids; without one --first-stage itself is "
+        "written")
+    add_first_stage_flags(parser, nargs="+")
+    add("--out", type=Path, help="the TREC run to write, or the folder of several")
+    add("--overwrite", action="store_true", help="replace --out where it exists; in a folder, the "
+        "runs that other models, flags or data have made")
+    add("--sigmoid", action="store_true", help="scores between 0 and 1, for thresholds, in place "
+        "of logits; the order stays the same")
     add("--long-docs", choices=["first", "max"], default="first", help="documents beyond "
         "--doc-length: their first passage (default), or the best of all (MaxP)")
     add("--stride", type=at_least(1), default=128,
         help="tokens between the starts of passages (MaxP; default 128)")
     add("--query", help="re-rank the lines of a text file for this query and print them")
     add("file", nargs="?", default="-", help="with --query: the file, - for stdin (default -)")
+    add("--top", type=at_least(1), metavar="N", help="with --query: print the best N only")
+    add("--json", action="store_true", help="with --query: a JSON object a line (rank, score, line "
+        "number, text)")
     command.add_model_flags(parser)
     args = parser.parse_args()
-    if args.query is not None:
-        of_a_run = (args.dataset, args.run, args.first_stage, args.out, args.long_docs == "max")
-        if any(of_a_run):
-            parser.error("--query ranks lines of a file: no --dataset, --run, --first-stage, --out "
-                         "or --long-docs with it")
-        return args
+    if args.query is None:
+        check_runs(parser, args)
+    else:
+        check_query(parser, args)
+    return args
+
+
+def check_query(parser: Parser, args: argparse.Namespace) -> None:
+    of_a_run = (args.dataset, args.run, args.first_stage, args.out, args.long_docs == "max")
+    if any(of_a_run):
+        parser.error("--query ranks lines of a file: no --dataset, --run, --first-stage, --out "
+                     "or --long-docs with it")
+    if args.model and len(args.model) == 2 and args.file == "-":
+        args.file = args.model.pop()  # --model DIR FILE: argparse takes both for models
+    if not args.model or len(args.model) > 1:
+        parser.error("--query TEXT takes one --model")
+
+
+def check_runs(parser: Parser, args: argparse.Namespace) -> None:
     if args.file != "-":
         parser.error(f"{args.file}: a file of lines goes with --query TEXT")
-    if not (args.dataset and args.out):
-        parser.error("--dataset and --out are needed (or --query TEXT FILE)")
+    if args.top or args.json:
+        parser.error("--top and --json go with --query TEXT")
+    if not (args.dataset and all(args.dataset) and args.out):
+        parser.error("--dataset and --out are needed, and --model to re-rank (or --model and "
+                     "--query TEXT FILE)")
     if (args.run is None) == (args.first_stage is None):
         parser.error("give either --run FILE or --first-stage bm25|scoreddocs")
-    command.refuse_overwrite(args.out, args.overwrite, inputs=[args.run])
-    return args
+    if args.run and len(args.run) != len(args.dataset):
+        parser.error(f"{len(args.run)} --run for {len(args.dataset)} --dataset: a run for each, in "
+                     "the same order")
+    of_a_model = (args.run, args.sigmoid, args.long_docs == "max", len(args.dataset) > 1)
+    if not args.model and any(of_a_model):
+        parser.error("--model is missing; without one only --first-stage of one --dataset is "
+                     "written, for --run to read")
+
+
+def outputs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The flags of each run to write, by model and then dataset. BadInput where one cannot be
+    written, or two are the same file, or a first stage is not there."""
+    runs = args.run or [None] * len(args.dataset)
+    wanted = [argparse.Namespace(**vars(args) | {"model": model, "dataset": dataset, "run": run})
+              for model in args.model or [None]
+              for dataset, run in zip(args.dataset, runs, strict=True)]
+    if len(wanted) == 1:
+        command.refuse_overwrite(args.out, args.overwrite, inputs=runs)
+        return wanted
+    if args.out.exists() and not args.out.is_dir():
+        raise BadInput(f"{args.out}: no folder, as --out is of several models or datasets")
+    for run in runs:
+        if run and not run.exists():
+            raise BadInput(f"{run}: No such file or directory")
+    first: dict[Path, argparse.Namespace] = {}
+    for one in wanted:
+        one.out = args.out / run_name(one.model, one.dataset)
+        other = first.setdefault(one.out, one)
+        if other is not one:
+            raise BadInput(f"{one.out}: of {other.model} on {other.dataset} and of {one.model} on "
+                           f"{one.dataset}; rename one, or give it another --out")
+        command.refuse_overwrite(one.out, overwrite=True, inputs=runs)
+    return wanted
 
 
 def main() -> int:
     args = parse()
+    if args.query is not None:
+        print_ranking(open_model(args.model[0], args), args)
+        return 0
+    wanted = outputs(args)
+    if len(wanted) > 1:
+        rerank_several(wanted)
+        return 0
+    (one,) = wanted
+    with command.locked(one.out):
+        if one.model is None:
+            write_first_stage(one)
+        else:
+            rerank(open_model(one.model, args), one)
+    return 0
+
+
+def open_model(name: str, args: argparse.Namespace):
+    """kernels.encoder.CrossEncoder by the flags."""
     from kernels import cpu  # here, so that --help and usage errors need no torch
     from kernels.encoder import CrossEncoder
 
     cpu.prepare(training=False)
-    with command.locked(args.out) if args.out else contextlib.nullcontext():
-        command.join_processes()
-        model = CrossEncoder.from_pretrained(args.model, args.dtype, args.device,
-                                             args.query_length, args.doc_length).eval()
-        if args.query is not None:
-            print_ranking(model, args.query, args.file, args.max_tokens)
-        else:
-            rerank(model, args)
-    return 0
+    command.join_processes()
+    return CrossEncoder.from_pretrained(name, args.dtype, args.device, args.query_length,
+                                        args.doc_length).eval()
+
+
+def open_candidates(args: argparse.Namespace) -> tuple[Texts, dict[str, dict[str, float]]]:
+    """(dataset, the candidates of each query)."""
+    with command.rank_0_first():
+        texts = Texts(args.dataset)
+        run = first_stage(texts, args.run, args.first_stage, args.depth, args.skip_missing)
+    if not any(run.values()):
+        raise BadInput(f"{args.run or args.first_stage}: no document to score; is it a run on "
+                       f"{args.dataset}?")
+    return texts, run
+
+
+def write_first_stage(args: argparse.Namespace) -> None:
+    """The candidates as they are, tagged with the first stage's name."""
+    _, run = open_candidates(args)
+    if command.rank_of_process() == 0:
+        write_run(args.out, run, args.first_stage.partition(":")[0])
+        say(f"{args.out}: {len(run):,} queries, {sum(map(len, run.values())):,} documents")
+
+
+def rerank_several(wanted: list[argparse.Namespace]) -> None:
+    """The runs that are not finished, each model loaded once for its own. What is wrong with a
+    dataset's name or a finished run is said before anything is scored."""
+
+    @functools.cache  # a dataset is opened once for the finished runs of all models
+    def stamp(dataset, run):
+        with command.rank_0_first():
+            return Texts(dataset).stamp(run)
+
+    with command.rank_0_first():
+        for dataset in dict.fromkeys(one.dataset for one in wanted):
+            check_dataset(dataset)
+    left = [one for one in wanted if not is_finished(
+        one.out, lambda one=one: plan_of(one, stamp(one.dataset, one.run)), one.overwrite)]
+    if len(left) < len(wanted):
+        say(f"{len(wanted) - len(left):,} of {len(wanted):,} runs are finished and skipped")
+    for name, of_model in itertools.groupby(left, key=lambda one: one.model):
+        model = open_model(name, wanted[0])
+        for one in of_model:
+            one.out.parent.mkdir(parents=True, exist_ok=True)
+            with command.locked(one.out):
+                rerank(model, one)
+        del model  # the next one gets its memory
+
+
+def plan_of(args: argparse.Namespace, stamp: dict[str, str]) -> dict[str, str]:
+    """What decides the scores; stamp: of Texts.stamp."""
+    elsewhere = ("out", "overwrite", "query", "file", "top", "json")
+    plan = {flag: str(value) for flag, value in vars(args).items() if flag not in elsewhere}
+    return plan | stamp | {"model": model_stamp(str(Path(args.model)))}
 
 
 def rerank(model, args: argparse.Namespace) -> None:
@@ -249,52 +381,39 @@ def rerank(model, args: argparse.Namespace) -> None:
         raise BadInput(f"--stride {args.stride}: beyond the {model.doc_length} tokens of a "
                        "passage, so that the text between passages would never be scored; lower "
                        "it")
-    with command.rank_0_first():
-        texts = Texts(args.dataset)
-        run = first_stage(texts, args.run, args.first_stage, args.depth, args.skip_missing)
-    if not any(run.values()):
-        raise BadInput(f"{args.run or args.first_stage}: no document to score; is it a run on "
-                       f"{args.dataset}?")
+    texts, run = open_candidates(args)
     scorer = PairScorer(model, texts, run, args.max_tokens, args.long_docs, args.stride,
-                        args.skip_missing)
-    elsewhere = ("out", "overwrite", "query", "file")
-    plan = {flag: str(value) for flag, value in vars(args).items() if flag not in elsewhere}
-    plan |= {"model": model_stamp(args.model), "corpus": texts.fingerprint(),
-             "queries": texts.digest(), "dtype": str(model.model.dtype)}
-    if args.run:
-        plan["run"] = sha256_of(args.run)
-    if write_in_blocks(args.out, plan, run, run_tag(args.model), scorer, args.overwrite):
+                        args.skip_missing, args.sigmoid)
+    plan, dtype = plan_of(args, texts.stamp(args.run)), str(model.model.dtype)
+    if write_in_blocks(args.out, plan | {"dtype": dtype}, run, run_tag(args.model), scorer,
+                       args.overwrite):
         say(f"{args.out}: {len(run):,} queries, {scorer.summary()}")
         if scorer.pairs:  # else all had been scored before an interruption: no speed to tell
             took = {"seconds": scorer.seconds, "waited": scorer.waited, "pairs": scorer.pairs,
-                    "model": args.model, "device": str(model.device),
-                    "dtype": str(model.model.dtype)}
-            with atomic_write(Path(f"{args.out}.json")) as file:
+                    "model": args.model, "device": str(model.device), "dtype": dtype,
+                    "plan": digest_of(plan)}
+            with atomic_write(note_of(args.out)) as file:
                 json.dump(took, file)
 
 
-def print_ranking(model, query: str, file: str, max_tokens: int | None) -> None:
-    """The lines of a text file (`-`: stdin), best first, behind their scores."""
-    data = sys.stdin.buffer.read() if file == "-" else read_bytes(file)
-    lines = []
-    for number, line in enumerate(data.removeprefix(BOM).split(b"\n"), 1):
-        try:
-            lines += [line.decode().rstrip("\r")] if line.strip() else []
-        except UnicodeDecodeError:
-            raise BadInput(f"{file}:{number}: not UTF-8; convert the file (iconv -t UTF-8)"
-                           ) from None
-    if not lines:
-        raise BadInput(f"{file}: no text lines to rank")
-    queries = [SURROGATE.sub("\ufffd", query)] * len(lines)
+def print_ranking(model, args: argparse.Namespace) -> None:
+    """The lines of a text file (`-`: stdin), best first, behind their scores or as JSON."""
+    query, lines = SURROGATE.sub("\ufffd", args.query), text_lines(args.file)
     try:
-        scores = model.score(queries, lines, max_tokens).tolist()
+        ranking = model.rank(query, list(lines.values()), args.top, args.max_tokens, args.sigmoid)
     except FloatingPointError as e:
-        raise BadInput(f"{file}: {e}; has the model diverged?") from e
+        raise BadInput(f"{args.file}: {e}; has the model diverged?") from e
     if model.truncated:
         say(f"{model.truncated:,} texts cut: the query to {model.query_length} tokens, lines to "
             f"{model.doc_length}")
-    for score, line in sorted(zip(scores, lines, strict=True), key=lambda pair: -pair[0]):
-        print(f"{score:.6f}\t{line}")
+    numbers = list(lines)
+    for rank, (i, score) in enumerate(ranking, 1):
+        text = lines[numbers[i]]
+        if args.json:
+            shortest = float(str(np.float32(score)))  # the fewest digits that keep it, as in runs
+            print(json.dumps({"rank": rank, "score": shortest, "line": numbers[i], "text": text}))
+        else:
+            print(f"{score:.6f}\t{text}")
 
 
 if __name__ == "__main__":

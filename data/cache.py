@@ -50,10 +50,12 @@ def sha256_of(path: str | Path) -> str:
 
 def model_stamp(name: str) -> str:
     """A model folder's files by size and time: a retrained model, or another tokenizer, is another
-    to a resumed run."""
+    to a resumed run. What rerank.py notes beside runs that lie in the folder is none of the
+    model's."""
     kinds = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model", ".jinja")
     ours = ("args.json", "checkpoint.pt")  # of train.py: no part of the model
     files = sorted(f for depth in ("*", "*/*") for f in Path(name).glob(depth)
-                   if f.suffix in kinds and f.name not in ours and f.is_file())
+                   if f.suffix in kinds and f.name not in ours and ".run" not in f.suffixes
+                   and f.is_file())
     stamps = [f"{f.relative_to(name)}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files]
     return " ".join([name, *stamps])

@@ -8,6 +8,7 @@ run and renames: the file is the one that a single uninterrupted process writes.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import zlib
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.command import BadInput, Progress, join_processes, say, wait_for_all
-from data.runs import atomic_write, run_lines
+from data.runs import atomic_write, read_bytes, run_lines
 
 BLOCK_PAIRS = 4096  # pairs scored, written and, after an interruption, redone together
 MARK = b"# # # # # "  # six columns begin so in no run: the line behind a whole block
@@ -77,6 +78,44 @@ def write_in_blocks(out: Path, plan: dict, run: dict, tag: str,
         _join(out, len(blocks), world)
     wait_for_all()
     return rank == 0
+
+
+def note_of(out: Path) -> Path:
+    """RUN.json: what it took to make the run `out`, and by which plan it was made."""
+    return Path(f"{out}.json")
+
+
+def digest_of(plan: dict) -> str:
+    """What RUN.json knows a plan by."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_finished(out: Path, plan: Callable[[], dict], overwrite: bool = False) -> bool:
+    """Whether the run `out` is there, made by this plan; with `overwrite` what another one made
+    counts as not there.
+
+    Raises:
+        BadInput: another plan made it, or RUN.json is damaged.
+    """
+    if not out.exists():
+        return False
+    note, made_by = note_of(out), None
+    if note.exists():
+        try:
+            made_by = json.loads(read_bytes(note)).get("plan")
+        except (ValueError, AttributeError, RecursionError):
+            raise BadInput(f"{note}:1: not rerank.py's; remove it: {out.name} then counts as "
+                           "finished") from None
+    if made_by is None and not overwrite:
+        say(f"{out}: taken as finished; {note.name} does not tell by what flags and data it was "
+            "made, as of an older version")
+        return True
+    if made_by == digest_of(plan()):
+        return True
+    if overwrite:
+        return False
+    raise BadInput(f"{out}: made from another model, data or flags; --overwrite replaces it, or "
+                   "give another --out")
 
 
 def _part(out: Path, rank: int) -> Path:

@@ -13,13 +13,15 @@ import importlib.metadata
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from data.cache import sha256_of
 from data.command import BadInput, say
-from data.runs import read_qrels
+from data.runs import BOM, read_bytes, read_qrels
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, alone: no character
 NOT_AN_ID = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]|^$")
@@ -38,6 +40,59 @@ def folder_of(dataset: str, split: str) -> tuple[Path | None, str]:
     if (path.parent / "qrels" / f"{path.name}.tsv").is_file():
         return path.parent, path.name
     return None, split
+
+
+def check_dataset(dataset: str, split: str = "test") -> None:
+    """BadInput for what Texts cannot open, as far as this is known without reading or fetching
+    it."""
+    folder, split = folder_of(dataset, split)
+    if folder:
+        files_of(folder)
+        qrels_of(folder, split)
+    else:
+        irds_of(dataset)
+
+
+def files_of(folder: Path) -> tuple[Path, Path]:
+    """corpus.jsonl and queries.jsonl of a folder in BEIR layout; BadInput where one is missing."""
+    files = folder / "corpus.jsonl", folder / "queries.jsonl"
+    for file in files:
+        if not file.is_file():
+            raise BadInput(f"{file}: not found; a BEIR folder holds corpus.jsonl, "
+                           "queries.jsonl, qrels/*.tsv")
+    return files
+
+
+def qrels_of(folder: Path, split: str) -> Path | None:
+    """qrels/SPLIT.tsv of a folder; None where nothing in it is judged, BadInput where only other
+    splits are."""
+    file = folder / "qrels" / f"{split}.tsv"
+    if file.is_file():
+        return file
+    if found := ", ".join(splits_of(folder)):
+        raise BadInput(f"{file}: not found; splits here: {found} (name one as {folder}/SPLIT)")
+    return None
+
+
+def irds_of(dataset: str):
+    """The dataset of ir_datasets by its id, not read yet; BadInput where there is none with
+    documents and queries as text."""
+    import ir_datasets
+
+    try:
+        found = ir_datasets.load(dataset)
+    except KeyError:
+        raise BadInput(f"dataset {dataset!r}: neither a folder nor an ir_datasets id nor "
+                       "pydocs; ids are listed at https://ir-datasets.com") from None
+    for part in ("docs", "queries"):
+        if not getattr(found, f"has_{part}")():
+            raise BadInput(f"dataset {dataset!r}: ir_datasets has no {part} for it; take an "
+                           "id that has docs and queries: https://ir-datasets.com")
+        kind = getattr(found, f"{part}_cls")()
+        if not hasattr(kind, "default_text"):
+            raise BadInput(f"dataset {dataset!r}: ir_datasets knows no default text of its "
+                           f"{part} ({kind.__name__}); write them as a folder in BEIR layout")
+    return found
 
 
 class Texts:
@@ -66,11 +121,7 @@ class Texts:
             self._open_irds()
 
     def _open_folder(self) -> None:
-        self._corpus, queries = self.folder / "corpus.jsonl", self.folder / "queries.jsonl"
-        for file in (self._corpus, queries):
-            if not file.is_file():
-                raise BadInput(f"{file}: not found; a BEIR folder holds corpus.jsonl, "
-                               "queries.jsonl, qrels/*.tsv")
+        self._corpus, queries = files_of(self.folder)
         self._where: dict[str, int] = {}  # offsets only: a text is read when it is asked for
         for offset, row in _json_lines(self._corpus, self._where):
             self._where[row["_id"]] = offset
@@ -84,11 +135,8 @@ class Texts:
             self.queries = {q: self.all_queries[q] for q in self.qrels}
 
     def _folder_qrels(self, queries: Path) -> dict[str, dict[str, int]]:
-        file = self.folder / "qrels" / f"{self.split}.tsv"
-        if not file.is_file():
-            if found := ", ".join(splits_of(self.folder)):
-                raise BadInput(f"{file}: not found; splits here: {found} (name one as "
-                               f"{self.folder}/SPLIT)")
+        file = qrels_of(self.folder, self.split)
+        if file is None:
             say(f"{self.folder}: no qrels/*.tsv, so nothing here is judged; all "
                 f"{len(self.all_queries):,} queries used")
             return {}
@@ -109,21 +157,7 @@ class Texts:
         return {q for qrels in others for q in qrels} - set(self.qrels)
 
     def _open_irds(self) -> None:
-        import ir_datasets
-
-        try:
-            self.irds = ir_datasets.load(self.name)
-        except KeyError:
-            raise BadInput(f"dataset {self.name!r}: neither a folder nor an ir_datasets id nor "
-                           "pydocs; ids are listed at https://ir-datasets.com") from None
-        for part in ("docs", "queries"):
-            if not getattr(self.irds, f"has_{part}")():
-                raise BadInput(f"dataset {self.name!r}: ir_datasets has no {part} for it; take an "
-                               "id that has docs and queries: https://ir-datasets.com")
-            kind = getattr(self.irds, f"{part}_cls")()
-            if not hasattr(kind, "default_text"):
-                raise BadInput(f"dataset {self.name!r}: ir_datasets knows no default text of its "
-                               f"{part} ({kind.__name__}); write them as a folder in BEIR layout")
+        self.irds = irds_of(self.name)
         with self._fetching():
             self.all_queries = {check_id(q.query_id, self.name): self._text(q)
                                 for q in self.irds.queries_iter()}
@@ -221,6 +255,14 @@ class Texts:
         content = json.dumps([self.all_queries, self.qrels], sort_keys=True, default=str)
         return hashlib.sha256(content.encode(errors="replace")).hexdigest()
 
+    def stamp(self, run: Path | None) -> dict[str, str]:
+        """What scores of these queries depend on beside model and flags, with the file of the first
+        stage."""
+        stamp = {"corpus": self.fingerprint(), "queries": self.digest()}
+        if run:
+            stamp["run"] = sha256_of(run)
+        return stamp
+
     def reopen(self) -> None:
         """Own file handles for a forked worker process."""
         if self.irds:
@@ -238,6 +280,22 @@ class Texts:
             for row in self.irds.scoreddocs_iter():
                 run.setdefault(row.query_id, {})[row.doc_id] = float(row.score)
         return run
+
+
+def text_lines(file: str) -> dict[int, str]:
+    """{number: text} of the lines of a text file (`-`: stdin) that are not blank."""
+    data = sys.stdin.buffer.read() if file == "-" else read_bytes(file)
+    lines = {}
+    for number, line in enumerate(data.removeprefix(BOM).split(b"\n"), 1):
+        try:
+            if line.strip():
+                lines[number] = line.decode().rstrip("\r")
+        except UnicodeDecodeError:
+            raise BadInput(f"{file}:{number}: not UTF-8; convert the file (iconv -t UTF-8)"
+                           ) from None
+    if not lines:
+        raise BadInput(f"{file}: no text lines to rank")
+    return lines
 
 
 def load_qrels(dataset: str) -> dict[str, dict[str, int]]:

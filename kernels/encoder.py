@@ -40,6 +40,7 @@ from kernels.loading import (
     quiet,
 )
 from kernels.packing import Packed, default_max_tokens, micro_batches, to_host
+from kernels.sigmoid import sigmoid_in_order
 from kernels.tokenizers import check_deberta_tokenizer, check_vocabulary, load_tokenizer
 
 
@@ -340,9 +341,10 @@ class CrossEncoder(nn.Module):
     # -------------------------------------------------------------------------------------- scoring
 
     def start(self, query_ids: list[np.ndarray], doc_ids: list[np.ndarray],
-              max_tokens: int | None = None) -> Callable[[], torch.Tensor]:
+              max_tokens: int | None = None, progress: bool | None = False
+              ) -> Callable[[], torch.Tensor]:
         """Begins what score_tokens does and returns the function that waits for its scores: a GPU
-        works meanwhile, a CPU begins when it is called."""
+        works meanwhile, a CPU begins when it is called. progress: see score."""
         lengths = [self.pair_length(len(q), len(d))
                    for q, d in zip(query_ids, doc_ids, strict=True)]
         budget = max_tokens or default_max_tokens(self.device, training=False)
@@ -358,7 +360,7 @@ class CrossEncoder(nn.Module):
 
         def launch():
             with self._evaluating():
-                found = list(each(score, parts))
+                found = list(with_bar(each(score, parts), parts, progress))
             return torch.cat(found) if found else torch.zeros(0, device=self.device)
 
         arrive = to_host(launch()) if on_gpu(self.device) else launch
@@ -392,15 +394,48 @@ class CrossEncoder(nn.Module):
         """
         return self.start(query_ids, doc_ids, max_tokens)()
 
-    def score(self, queries: list[str], documents: list[str],
-              max_tokens: int | None = None) -> torch.Tensor:
+    def score(self, queries: list[str], documents: list[str], max_tokens: int | None = None,
+              sigmoid: bool = False, progress: bool | None = None) -> torch.Tensor:
         """fp32 logits [pairs] of queries[i] with documents[i]. Each distinct text is tokenised
-        once."""
+        once.
+
+        sigmoid: kernels.sigmoid.sigmoid_in_order of them, all pairs taken as one list, so that
+        their order is that of the logits within every query and across queries.
+        progress: a bar on stderr; None: on a terminal, for work of more than 5 seconds.
+        NonFiniteScores names the positions of pairs whose logit is NaN or infinite.
+        """
 
         def ids_of(texts, length):
             distinct = list(dict.fromkeys(texts))
             ids = dict(zip(distinct, self.tokenize(distinct, length), strict=True))
             return [ids[text] for text in texts]
 
-        return self.score_tokens(ids_of(queries, self.query_length),
-                                 ids_of(documents, self.doc_length), max_tokens)
+        logits = self.start(ids_of(queries, self.query_length),
+                            ids_of(documents, self.doc_length), max_tokens, progress)()
+        return torch.from_numpy(sigmoid_in_order(logits.numpy())) if sigmoid else logits
+
+    def rank(self, query: str, documents: list[str], top_k: int | None = None,
+             max_tokens: int | None = None, sigmoid: bool = False, progress: bool | None = None
+             ) -> list[tuple[int, float]]:
+        """(index, score) of the documents, best first, ties in the order given; the first top_k
+        (None: all). The scores, and what is raised, are those of score."""
+        scores = self.score([query] * len(documents), documents, max_tokens, sigmoid,
+                            progress).tolist()
+        best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
+        return [(i, scores[i]) for i in best_first[:top_k]]
+
+
+def with_bar(batches, parts: list[list[int]], progress: bool | None):
+    """The scores of each part as they come, under tqdm's bar of the pairs (transformers depends on
+    tqdm); progress: see CrossEncoder.score."""
+    if progress is False:
+        yield from batches
+        return
+    from tqdm import tqdm
+
+    auto = progress is None
+    with tqdm(total=sum(map(len, parts)), unit=" pairs", leave=False, delay=5 if auto else 0,
+              disable=None if auto else False) as bar:
+        for part, scores in zip(parts, batches, strict=True):
+            yield scores
+            bar.update(len(part))

@@ -14,6 +14,13 @@ LOSS = "print(losses.infonce(torch.zeros(1, 4), torch.eye(4)[:1]).item())"  # ln
 RUN = r"open('x.run', 'w').write('q Q0 a 1 2.0 t\nq Q0 b 2 1.0 t\n'); "
 HELP = ("import sys, runpy; sys.argv = ['{0}.py', '--help']; "
         "runpy.run_path('{0}.py', None, '__main__')")
+RANK = ("from kernels.encoder import CrossEncoder; "
+        "texts = ['a red fox runs', 'the moon is bright', 'rain falls'] * 9; "
+        "CrossEncoder(*tiny.build_tiny(texts, 1)).save_pretrained('m'); "
+        "model = CrossEncoder.from_pretrained('m', device='cpu'); "
+        "ranking = model.rank('red fox', texts[:3], 2, sigmoid=True, progress=True); "
+        "scores = model.score(['red fox'] * 3, texts[:3], sigmoid=True).tolist(); "
+        "assert ranking == sorted(enumerate(scores), key=lambda row: -row[1])[:2], scores; ")
 UNITS = {  # unit: (code, what it prints first)
     "kernels/losses.py": (f"import torch, losses; {LOSS}", "1.386294"),
     "kernels/flash.py": ("import flash; print(flash.flash_varlen.__name__)", "flash_varlen"),
@@ -22,7 +29,8 @@ UNITS = {  # unit: (code, what it prints first)
         "import sys; from kernels.exact import ListGradient; print('transformers' in sys.modules)",
         "False"),
     "kernels/": (
-        f"import torch; from kernels import encoder, exact, fused, losses, step, tiny; {LOSS}",
+        "import torch; from kernels import encoder, exact, fused, losses, step, tiny; "
+        f"{RANK}{LOSS}",
         "1.386294"),
     "data/runs.py": (f"{RUN}import runs; print(runs.read_run('x.run')['q']['b'])", "1.0"),
     "data/significance.py": (

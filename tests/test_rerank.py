@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+import tqdm
 
 import rerank
 import toy
 from data import cache
 from data.command import BadInput, guarded
 from data.first_stages import bm25
-from data.runs import best_first, read_run
+from data.runs import RUN, best_first, read_columns, read_run, run_name, trec_order
 from kernels.encoder import CrossEncoder
+from kernels.sigmoid import sigmoid_in_order
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +281,78 @@ def test_missing_documents_stop_or_are_counted(texts, model):
     assert "1 documents missing" in scorer.summary()
 
 
+# ------------------------------------------------------------------------- thresholds and rankings
+
+
+def test_the_sigmoid_keeps_the_order_of_the_logits():
+    """Against a loop from the best logit down over np.nextafter; the ends, where all would tie, are
+    strictly ordered too."""
+    rng = np.random.default_rng(0)
+    odd = [0, -0.0, 5, 5, 17, 18, 40, 40, 1e30]
+    logits = np.float32([*rng.normal(0, 3, 300), *rng.normal(9, 1e-4, 300), *odd])
+    rng.shuffle(logits)
+    got, above, expected = sigmoid_in_order(logits), np.float32(2), {}
+    for x in sorted({float(x) for x in logits}, reverse=True):
+        above = min(np.float32(1 / (1 + math.exp(-x))), np.nextafter(above, np.float32(0)))
+        expected[x] = above
+    assert got.dtype == np.float32 and got.tolist() == [expected[float(x)] for x in logits]
+    plain = np.float32(1) / (1 + np.exp(-logits))
+    assert len(np.unique(plain)) < len(np.unique(logits)) == len(np.unique(got))
+    low = sigmoid_in_order(np.float32([-1e30, -300, -200, -104, -90, -90]))
+    assert [a < b for a, b in zip(low, low[1:], strict=False)] == [True] * 4 + [False]
+    assert np.finfo(np.float32).tiny <= low[0] and low[4] == low[5] < 1e-37
+    assert sigmoid_in_order(np.zeros(0, np.float32)).shape == (0,)
+
+
+def test_sigmoid_of_a_run_changes_no_rank(place, tmp_path, monkeypatch):
+    """Logits times 40, of which many are beyond 17: ranked as they are, by trec_eval's rules."""
+    model = CrossEncoder.from_pretrained(place / "model", device="cpu")
+    model.model.classifier.weight.data *= 40
+    model.model.classifier.bias.data += 40
+    model.save_pretrained(tmp_path / "steep")
+    argv = ["--model", tmp_path / "steep", "--dataset", place / "corpus/train", "--first-stage",
+            "bm25", "--out"]
+    assert run(monkeypatch, *argv, tmp_path / "logits") == 0
+    assert run(monkeypatch, *argv, tmp_path / "sigmoid", "--sigmoid") == 0
+    logits, sigmoid = (read_columns(tmp_path / name, RUN) for name in ("logits", "sigmoid"))
+    for columns in (logits, sigmoid):  # ranked as written
+        assert trec_order(columns).tolist() == list(range(len(columns.docids)))
+    assert logits.docids.equals(sigmoid.docids) and logits.qids == sigmoid.qids
+    np.testing.assert_allclose(sigmoid.values, 1 / (1 + np.exp(-logits.values)), rtol=0, atol=1e-5)
+    assert (logits.values > 17).sum() > 20 and (sigmoid.values == 1).sum() < 20
+    tied = [(np.diff(columns.values) == 0).tolist() for columns in (logits, sigmoid)]
+    assert tied[0] == tied[1]
+
+
+def test_rank_and_score_from_python(model, monkeypatch, capsys):
+    documents = ["kaba lodor", "mifin", "negus puba radin", "vufin vugus", "lodor sofin"]
+    scores = model.score(["mifin puba"] * 5, documents)
+    alone = [model.score(["mifin puba"], [d]).item() for d in documents]
+    np.testing.assert_allclose(scores, alone, atol=1e-5)
+    ranking = model.rank("mifin puba", documents)
+    assert [i for i, _ in ranking] == np.argsort(-scores.numpy(), kind="stable").tolist()
+    assert ranking == [(i, scores[i].item()) for i, _ in ranking]
+    assert model.rank("mifin puba", documents, top_k=2) == ranking[:2]
+    assert model.rank("mifin puba", []) == []
+    expected = sigmoid_in_order(scores.numpy()).tolist()
+    assert model.score(["mifin puba"] * 5, documents, sigmoid=True).tolist() == expected
+    assert capsys.readouterr().err == ""  # no terminal, no bar
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def close(self):
+            bars.append((self.n, self.total, self.disable))
+            super().close()
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    watched, plain = (model.score(["mifin puba"] * 5, documents, max_tokens=16, progress=how)
+                      for how in (True, False))
+    assert watched.equal(plain) and bars[0] == (5, 5, False)
+    assert "/5 [" in capsys.readouterr().err
+    monkeypatch.setattr(model, "score", lambda *_: torch.tensor([1.0, 3.0, 2.0, 3.0]))
+    assert model.rank("q", list("abcd"), 3) == [(1, 3.0), (3, 3.0), (2, 2.0)]
+
+
 # -------------------------------------------------------------------------------------------- files
 
 
@@ -391,23 +466,26 @@ def test_command_writes_the_run(place, tmp_path, monkeypatch, capsys, model, tex
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_file(place, tmp_path):
-    """Some blocks to each: the block size is cut, so that this corpus has several."""
+    """Some blocks to each: the block size is cut, so that this corpus has several. The two go
+    through two datasets."""
     root = Path(rerank.__file__).resolve().parent
     script = tmp_path / "small_blocks.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(root)!r})\nimport rerank\n"
                       "rerank.blocks_of.__defaults__ = (40,)\n"
                       "sys.exit(rerank.command.guarded(rerank.main))\n")
     rerank.write_run(tmp_path / "first.run", first(rerank.Texts(str(place / "corpus"))))
-    argv = [script, "--model", place / "model", "--dataset", place / "corpus", "--run",
-            tmp_path / "first.run"]
+    argv = [script, "--model", place / "model", "--run", *[tmp_path / "first.run"] * 2]
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
-    for runner, out in (([], "1.run"), (two, "2.run")):
-        command = [sys.executable, *runner, *argv, "--device", "cpu", "--out", tmp_path / out]
+    names = [f"{place / 'corpus'}/{split}" for split in ("dev", "train")]
+    for runner, flags in (([], [*argv[:-1], "--dataset", names[0], "--out", tmp_path / "1.run.gz"]),
+                          (two, [*argv, "--dataset", *names, "--out", tmp_path / "2"])):
+        command = [sys.executable, *runner, *flags, "--device", "cpu"]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
                               timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "1.run").read_bytes() == (tmp_path / "2.run").read_bytes()
-    assert len(read_run(tmp_path / "2.run")) == 20 and not list(tmp_path.glob("*.part*"))
+    runs = [path for path in sorted((tmp_path / "2/model").iterdir()) if path.suffix == ".gz"]
+    assert [path.read_bytes() for path in runs] == [(tmp_path / "1.run.gz").read_bytes()] * 2
+    assert len(read_run(runs[0])) == 20 and not list(tmp_path.rglob("*.part*"))
 
 
 def test_query_form(place, tmp_path, monkeypatch, capsys, model):
@@ -419,6 +497,143 @@ def test_query_form(place, tmp_path, monkeypatch, capsys, model):
     expected = dict(zip(lines, model.score(["mifin puba"] * 3, lines).tolist(), strict=True))
     assert [r[1] for r in rows] == sorted(lines, key=lambda line: -expected[line])
     assert all(abs(float(s) - expected[line]) < 1e-5 for s, line in rows)
+    numbers = {"kaba lodor": 1, "mifin": 2, "negus puba radin": 4}
+    argv = ["--query", "mifin puba", "--json", "--top", 2, "--model", place / "model", file]
+    assert run(monkeypatch, *argv) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row.pop("score") for row in found] == [
+        float(str(np.float32(expected[r[1]]))) for r in rows[:2]]
+    assert found == [{"rank": i, "line": numbers[r[1]], "text": r[1]}
+                     for i, r in enumerate(rows[:2], 1)]
+    assert run(monkeypatch, *argv, "--sigmoid") == 0
+    for line, (_, text) in zip(capsys.readouterr().out.splitlines(), rows, strict=False):
+        assert json.loads(line)["score"] == pytest.approx(1 / (1 + math.exp(-expected[text])))
+
+
+def test_a_first_stage_without_a_model(place, tmp_path, monkeypatch, capsys, texts):
+    argv = ["--dataset", place / "corpus", "--first-stage", "bm25", "--depth", 7, "--out",
+            tmp_path / "first.run.gz"]
+    assert run(monkeypatch, *argv) == 0
+    assert read_run(tmp_path / "first.run.gz") == bm25(texts, texts.queries, 7)
+    lines = gzip.decompress((tmp_path / "first.run.gz").read_bytes()).decode().splitlines()
+    assert {line.split()[5] for line in lines} == {"bm25"}
+    assert [path.name for path in tmp_path.iterdir()] == ["first.run.gz"]
+    assert run(monkeypatch, *argv) == 2 and "--overwrite" in capsys.readouterr().err
+    assert run(monkeypatch, *argv, "--overwrite") == 0
+
+
+# --------------------------------------------------------------------- several models and datasets
+
+
+@pytest.fixture
+def several(place, tmp_path, monkeypatch):
+    """Two models and two datasets in the current folder: the flags that re-rank all four."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/corpus").symlink_to(place / "corpus")
+    for seed in (1, 2):
+        toy.model(tmp_path / f"runs/toy-seed{seed}", seed=seed)
+    for split in ("test", "dev"):
+        texts = rerank.Texts(f"data/corpus/{split}")
+        rerank.write_run(tmp_path / f"{split}.run", bm25(texts, texts.queries, 12))
+    return ["--model", "runs/toy-seed1", "runs/toy-seed2/", "--dataset", "./data/corpus",
+            "data/corpus/dev", "--run", "test.run", "dev.run", "--device", "cpu", "--out", "runs"]
+
+
+NAMES = ["data-corpus.run.gz", "data-corpus-dev.run.gz"]
+
+
+def test_several_models_and_datasets(several, tmp_path, monkeypatch, capsys):
+    """Each as a command of its own writes it, into the models' own folders; a model is loaded once,
+    and not at all where all is finished, or an interruption left nothing of it to do."""
+    for model in ("runs/toy-seed1", "runs/toy-seed2"):
+        for dataset, first in zip(several[4:6], ("test.run", "dev.run"), strict=True):
+            out = f"{Path(model).name}-{Path(dataset).name}.run.gz"
+            assert run(monkeypatch, "--model", model, "--dataset", dataset, "--run", first, "--out",
+                       out) == 0
+    opened, whole, scored = [], rerank.open_model, []
+    monkeypatch.setattr(rerank, "open_model", lambda name, args: opened.append(name)
+                        or whole(name, args))
+    scoring = rerank.PairScorer.__call__
+
+    def until_the_fourth(self, blocks):
+        scored.append(self.texts.name)
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        return scoring(self, blocks)
+
+    monkeypatch.setattr(rerank.PairScorer, "__call__", until_the_fourth)
+    assert run(monkeypatch, *several) == 130
+    assert opened == ["runs/toy-seed1", "runs/toy-seed2/"]
+    assert scored == ["./data/corpus", "data/corpus/dev"] * 2
+    assert run(monkeypatch, *several) == 0 and scored[4:] == ["data/corpus/dev"]
+    assert opened[2:] == ["runs/toy-seed2/"] and "3 of 4 runs" in capsys.readouterr().err
+    assert run(monkeypatch, *several) == 0 and len(opened) == 3
+    assert "4 of 4 runs are finished" in capsys.readouterr().err
+    for seed in (1, 2):
+        folder = tmp_path / f"runs/toy-seed{seed}"
+        assert sorted(path.name for path in folder.glob("*.run*")) == sorted(
+            NAMES + [f"{name}.json" for name in NAMES])
+        for name, own in zip(NAMES, ("corpus", "dev"), strict=True):
+            alone = tmp_path / f"toy-seed{seed}-{own}.run.gz"
+            assert (folder / name).read_bytes() == alone.read_bytes()
+            assert json.loads((folder / f"{name}.json").read_text())["pairs"] > 0
+
+
+def test_finished_runs_of_another_plan_are_refused(several, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, *several) == 0
+    first, last = (Path("runs/toy-seed1", name) for name in NAMES)
+    before = first.read_bytes()
+    for change, which in ((["--sigmoid"], first), (["--depth", "5"], first), ([], last)):
+        if not change:
+            with open("dev.run", "a") as file:
+                file.write("\n")
+        assert run(monkeypatch, *several, *change) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {which}: ") and "--overwrite" in error
+    assert first.read_bytes() == before
+    note = Path(f"{last}.json")
+    note.write_text('{"seconds": 1.0, "pairs": 3}')
+    assert run(monkeypatch, "--model", "runs/toy-seed1/", *several[3:]) == 0  # one is of no plan
+    assert f"{NAMES[1]}: taken as finished" in capsys.readouterr().err
+    note.write_text("[1]")
+    assert run(monkeypatch, *several) == 2 and f"{NAMES[1]}.json:1" in capsys.readouterr().err
+    note.unlink()
+    assert run(monkeypatch, *several, "--overwrite", "--sigmoid") == 0
+    assert all(0 < score <= 1 for score in [*read_run(last)["q8"].values(),
+                                            *read_run(first)["q9"].values()])
+    assert run(monkeypatch, *several, "--sigmoid") == 0
+    assert "4 of 4 runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, word", [
+    (["--run", "test.run"], "1 --run for 2 --dataset"),
+    (["--run", "test.run", "gone.run"], "gone.run"),
+    (["--dataset", "data/corpus", "no/such"], "no/such"),
+    (["--dataset", "data/corpus", "runs"], "runs/corpus.jsonl"),
+    (["--dataset", "data/corpus", "./data/corpus/"], "data-corpus.run.gz"),
+    (["--model", "runs/toy-seed1", "other/toy-seed1"], "other/toy-seed1"),
+    (["--out", "test.run"], "no folder"),
+])
+def test_what_is_wrong_is_said_before_anything_is_scored(several, tmp_path, monkeypatch, capsys,
+                                                         change, word):
+    monkeypatch.setattr(rerank, "open_model", None)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(monkeypatch, *several, *change) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and word in error and "\n" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_runs_of_the_suites_are_named_as_evaluate_reads_them():
+    import evaluate
+
+    for suite in evaluate.SUITES:
+        for short, dataset in evaluate.datasets_of(suite).items():
+            model, name = Path(run_name("runs/bert-bce-seed1", dataset)).parts
+            assert model == "bert-bce-seed1"
+            assert name == f"{dataset.replace('/', '-')}.run.gz", short
+    assert run_name(".", "/a/b/") == f"{Path.cwd().name}/a-b.run.gz"
 
 
 def test_help_and_usage_need_no_torch(tmp_path):
@@ -485,7 +700,13 @@ QUERY = ["--model", "MODEL", "--query", "x"]
     ([*BM25, "--doc-length", "-4"], "--doc-length"),
     ([*BM25, "--device", "foo"], "--device"),
     ([*BM25, "lines.txt"], "--query"),
+    ([*BM25, "--top", "3"], "--query"),
     ([*QUERY, "--out", "x.run"], "--query"),
+    ([*QUERY, "--top", "0", "f"], "--top"),
+    (["--model", "MODEL", "CORPUS", "--query", "x", "f"], "one --model"),
+    (["--query", "x", "f"], "one --model"),
+    (["--dataset", "CORPUS", "--run", "y.run", "--depth", "9", "--out", "x.run"], "--model is"),
+    (["--dataset", "CORPUS", "--first-stage", "bm25", "--sigmoid", "--out", "x.run"], "--model is"),
     ([*QUERY, "no-such-file"], "no-such-file"),
     ([*QUERY, "."], ".: Is a directory"),
     ([*QUERY, "UTF16"], "UTF16:2: not UTF-8"),

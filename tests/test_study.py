@@ -22,7 +22,7 @@ import evaluate
 import rerank
 import toy
 import train
-from data.first_stages import bm25
+from data.first_stages import SPLADE, bm25
 from data.lists import FROM_TEACHER, Batches
 from data.model_card import model_card
 from data.run_folder import read_log
@@ -301,7 +301,6 @@ STUB = """#!/usr/bin/env bash
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
 [ -z "$FAIL" ] || exit "$FAIL"
 case $1 in
-    -c) touch "$4" ;;
     train.py|rerank.py) while [ "$1" != --out ]; do shift; done; case $2 in
         *.run.gz) touch "$2" ;; *) mkdir -p "$2/last"; touch "$2/README.md" ;; esac ;;
 esac
@@ -313,7 +312,7 @@ def study_section():
     return text[text.index("\n## The study") : text.index("\n## Kernels")]
 
 
-def test_the_loops_of_the_readme(place, tmp_path, capsys):
+def test_the_loops_of_the_readme(tmp_path, monkeypatch):
     """Run by bash with a `python` that only notes what it is called with and makes the files that
     it should."""
     first, training, judging = re.findall(r"```bash\n(.*?)```", study_section(), re.DOTALL)
@@ -333,7 +332,10 @@ def test_the_loops_of_the_readme(place, tmp_path, capsys):
 
     suite = {dataset for column in evaluate.SUITES["paper"].values() for dataset in column.values()}
     assert len(bash(first, fail="130")) == 1  # Ctrl-C ends the loop, not the command alone
-    assert len(bash(first)) == len(suite) == 22
+    made = [rerank_flags(monkeypatch, call) for call in bash(first)]
+    assert {(*a.dataset, a.first_stage, a.model) for a in made} == {
+        (d, f"splade:{SPLADE}", None) for d in suite}
+    assert len(made) == len(suite) == 22
     assert bash(first) == []  # all made: nothing to do
     assert {f.name for f in (tmp_path / "first").iterdir()} == {
         f"{d.replace('/', '-')}.run.gz" for d in suite}
@@ -351,21 +353,22 @@ def test_the_loops_of_the_readme(place, tmp_path, capsys):
             shutil.rmtree(folder)
     (tmp_path / "runs/bert-bce-seed2/README.md").unlink()  # still in training
     judging = first + judging
-    assert len(bash(judging, fail="130")) == 2  # one re-ranking, and evaluate.py
-    *reranked, judged = bash(judging)
-    assert len(reranked) == 22 and judged[:3] == ["evaluate.py", "--suite", "paper"]
-    assert {call[call.index("--dataset") + 1] for call in reranked} == suite
-    assert all((tmp_path / call[call.index("--run") + 1]).is_file() for call in reranked)
-    assert bash(judging) == [judged]
+    reranked, judged = bash(judging)
+    assert judged[:3] == ["evaluate.py", "--suite", "paper"]
+    monkeypatch.chdir(tmp_path)
+    runs = rerank.outputs(rerank_flags(monkeypatch, reranked))
+    assert {a.dataset for a in runs} == suite and len(runs) == 22
+    for a in runs:
+        name = f"{a.dataset.replace('/', '-')}.run.gz"
+        assert a.run == Path("first", name) and a.run.is_file()
+        assert (a.model, a.out) == ("runs/bert-bce-seed1", Path("runs/bert-bce-seed1", name))
 
-    # what makes the first stages, for real
-    code = re.search(r"make_first='(.*?)'", first, re.DOTALL)[1]
-    done = subprocess.run([sys.executable, "-c", code, place / "corpus/test",
-                           tmp_path / "bm25.run.gz", "bm25"], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    texts = Texts(str(place / "corpus/test"))
-    assert read_run(tmp_path / "bm25.run.gz") == bm25(texts, texts.queries, 1000)
+
+def rerank_flags(monkeypatch, call: list[str]):
+    """What rerank.py reads of a call."""
+    assert call[0] == "rerank.py"
+    monkeypatch.setattr(sys, "argv", call)
+    return rerank.parse()
 
 
 def test_the_hours_of_the_readme_are_those_of_the_formulas(capsys):
