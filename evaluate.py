@@ -6,6 +6,7 @@
         --measures nDCG@10 "AP(rel=2)" R@100
     python evaluate.py --suite paper --runs FOLDER --compare paper
                                                                    FOLDER/<model>/<dataset>.run
+    python evaluate.py --suite datasets.txt --runs FOLDER          a file of datasets, one a line
     python evaluate.py --dataset my-corpus/ --diff bm25.run model.run
                                                                    the queries that differ most
 
@@ -14,6 +15,7 @@ ranking counts 0, RR@k cuts at k first. Needs data/ beside it, and nothing of mo
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -33,6 +35,7 @@ import pyarrow.compute as pc
 
 from data.command import BadInput, Parser, at_least
 from data.paper import SUITES
+from data.run_names import grouped, run_called, text_of
 from data.runs import (
     GRADE,
     RUN,
@@ -45,6 +48,7 @@ from data.runs import (
     trec_order,
 )
 from data.significance import compare
+from data.suites import columns_of, datasets_of, load_suite, qrels_of, runs_of
 from data.tables import (
     LETTERS,
     add_paper,
@@ -75,15 +79,17 @@ class Measure(NamedTuple):
     judged: bool  # counts judged documents in place of relevant ones
 
 
-IR_MEASURES = re.compile(r"([A-Za-z]+)(?:\(rel=([1-9])\))?(?:@([1-9][0-9]{0,8}))?")
+IR_MEASURES = re.compile(r"([A-Za-z_]+)(?:\(rel=([1-9])\))?(?:(?:@|_at_)([1-9][0-9]{0,8}))?")
 FAMILIES = {  # ir_measures' name: trec_eval's without and with a cutoff
     "ndcg": ("ndcg", "ndcg_cut"),
     **dict.fromkeys(("ap", "map"), ("map", "map_cut")),
     **dict.fromkeys(("rr", "mrr"), ("recip_rank", "recip_rank")),
     **dict.fromkeys(("p", "precision", "judged"), (None, "P")),
     **dict.fromkeys(("r", "recall"), (None, "recall")),
-    **dict.fromkeys(("success", "hit"), (None, "success")),
+    **dict.fromkeys(("success", "hit", "hits", "hitrate", "hit_rate", "accuracy"),
+                    (None, "success")),
 }
+GRADED = ("ndcg", "judged")  # no grade parts what is relevant to them from what is not
 # its own; others, or these with and without what belongs behind them, can end the process
 TREC_NAMES = re.compile(
     r"11pt_avg|G|Rndcg|Rprec|binG|bpref|gm_bpref|gm_map|infAP|map|ndcg|ndcg_rel|recip_rank|utility"
@@ -94,24 +100,38 @@ TREC_NAMES = re.compile(
 
 
 def parse_measure(name):
-    """Measure of an ir_measures name (nDCG@10, AP(rel=2), RR(rel=2)@10) or of trec_eval's own
-    (bpref, P_5). Raises BadInput for any other."""
+    """Measure of an ir_measures name (nDCG@10, AP(rel=2), RR(rel=2)@10; MTEB's ndcg_at_10) or of
+    trec_eval's own (bpref, P_5, P.5). Raises BadInput for any other."""
     if match := IR_MEASURES.fullmatch(name):
         family, rel, cut = match[1].lower(), match[2], match[3]
         without_cut, with_cut = FAMILIES.get(family, (None, None))
         trec = with_cut if cut else without_cut
-        binary = family not in ("ndcg", "judged")
-        if trec and (binary or not rel):
+        if trec and not (rel and family in GRADED):
             if cut and trec != "recip_rank":  # of which trec_eval knows no cutoff
                 trec = f"{trec}_{cut}"
             cut = int(cut) if cut else None
             return Measure(name, trec, int(rel or 1), cut, cut is None, family == "judged")
-    if TREC_NAMES.fullmatch(name):
-        return Measure(name, name, rel=1, cut=None, trim=False, judged=False)
+    trec = re.sub(r"(?<=[A-Za-z])\.(?=[0-9]+$)", "_", name)  # what it prints as P_5 is -m P.5
+    if TREC_NAMES.fullmatch(trec):
+        return Measure(name, trec, rel=1, cut=None, trim=False, judged=False)
     raise BadInput(
-        f"unknown measure `{name}`: nDCG@k nDCG RR@k RR AP@k AP P@k R@k Success@k Judged@k, where "
-        "relevance is binary with a grade, AP(rel=2) RR(rel=2)@10, or trec_eval's own, bpref P_5; "
-        "k < 10^9; RUN files go before --measures")
+        f"unknown measure `{name}`{nearest_measure(name)}: nDCG@k nDCG RR@k RR AP@k AP P@k R@k "
+        "Success@k Judged@k, where relevance is binary with a grade, AP(rel=2) RR(rel=2)@10, or "
+        "trec_eval's own, bpref P_5; k < 10^9; RUN files go before --measures")
+
+
+def nearest_measure(name):
+    """`, did you mean ndcg@10?` of what is nearly a measure's name; else nothing."""
+    k = (re.findall(r"(?<![0-9])[1-9][0-9]{0,8}(?![0-9])", name) or ["10"])[-1]
+    known = ["bpref", "infAP", "Rprec", "recip_rank"]
+    known += [f"{trec}_{k}" for trec in ("P", "recall", "success", "map_cut", "ndcg_cut")]
+    known += [family for family, (without_cut, _) in FAMILIES.items() if without_cut]
+    known += [f"{family}@{k}" for family in FAMILIES]
+    by_lower = {written.lower(): written for written in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
+    if name.lower() in FAMILIES:  # P, which looks more like AP than like P@10
+        near = [f"{name.lower()}@{k}"]
+    return f", did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def judged_ranks(qrels, run, order):
@@ -203,19 +223,19 @@ def checked_run(run):
     return columns
 
 
-def evaluate(qrels, run, measures=DEFAULT_MEASURES):
+def evaluate(qrels, run, measures=DEFAULT_MEASURES, order=None):
     """{qid: {measure: value}} for every query of the qrels, equal to trec_eval's; a query the run
     lacks has 0.0.
 
     qrels {qid: {docid: int}}, run {qid: {docid: float}} (or read_columns' Columns), measures by
     ir_measures' names. RR@k cuts the run at rank k first, as MS MARCO does; nDCG has linear gains;
     Judged@k divides by the smaller of k and the number of documents returned; gm_* are logarithms,
-    at least of 0.00001. BadInput: what it cannot hold.
+    at least of 0.00001. order: trec_order(run), where it is known. BadInput: what it cannot hold.
     """
     parsed = [parse_measure(m) for m in measures]
     qrels = checked_qrels(qrels)
     run = checked_run(run)
-    ranks = judged_ranks(qrels, run, trec_order(run))
+    ranks = judged_ranks(qrels, run, trec_order(run) if order is None else order)
     unranked = {m.name: math.log(1e-5) if m.trec.startswith("gm_") else 0.0 for m in parsed}
     values = {q: dict(unranked) for q in qrels}
     together = {}  # what takes the same part of the run and counts the same in it
@@ -293,22 +313,20 @@ def is_one_of(dataset, names):
     return bool(re.search(rf"\b({names})\b", "/".join(path.parts[-2:])))
 
 
-BINARY = re.compile(r"(M?RR|M?AP|P|Precision|R|Recall|Success|Hit)((?:@\d+)?)", re.IGNORECASE)
-
-
 def measure_for(measure, dataset):
     """The measure as the field has it on a dataset: on TREC-DL grade 1 is not relevant to a binary
     measure."""
-    binary = BINARY.fullmatch(measure)
+    match = IR_MEASURES.fullmatch(measure)
+    binary = match and not match[2] and match[1].lower() in FAMILIES.keys() - set(GRADED)
     if binary and is_one_of(dataset, r"trec-dl-(?:20\d\d|hard)"):
-        return f"{binary[1]}(rel=2){binary[2]}"
+        return f"{match[1]}(rel=2){measure[match.end(1) :]}"
     return measure
 
 
-def load_run(path, dataset):
+def load_run(path, dataset, warn=None):
     """(Columns of a run, documents dropped): on ArguAna and Quora those that are their own query,
-    as BEIR does."""
-    run = read_columns(path, RUN)
+    as BEIR does. `warn` is told where scores contradict ranks."""
+    run = read_columns(path, RUN, warn)
     return drop_identical(run) if is_one_of(dataset, "arguana|quora") else (run, 0)
 
 
@@ -320,39 +338,29 @@ def drop_identical(run):
     return run.take(keep, np.searchsorted(keep, run.starts)), len(own) - len(keep)
 
 
-def without_seed(path):
-    """The path without -seedN at the end of a folder's or file's name: one model's seeds become
-    equal."""
-    return re.sub(r"-seed\d+(?=[./]|$)", "", str(path))
+TOP = 10  # ties further down move little of what is measured
 
 
-def text_of(path):
-    """A path as it can be written: names of files may hold bytes that are not UTF-8."""
-    return str(path).encode(errors="backslashreplace").decode()
+def tied_on_top(run, order):
+    """(neighbours with equal scores, neighbours), of the TOP + 1 first ranks of every query; order
+    is trec_order(run).
 
-
-def grouped(paths):
-    """{name for the table: [a path per seed]}; the file's name, or the whole path where names
-    clash."""
-    seeds = {}
-    for path in dict.fromkeys(map(str, paths)):
-        seeds.setdefault(without_seed(path), []).append(path)
-    short = {path: re.sub(r"(\.(run|txt|trec|gz|zst))+$", "", Path(path).name) or path
-             for path in seeds}
-    clash = len(set(short.values())) < len(short)
-    groups = {}
-    for path, group in seeds.items():
-        name = text_of(path if clash else short[path])
-        if len(group) > 1:
-            name += f" ({len(group)} seeds)"
-        groups[name] = group
-    return groups
+    >>> run = Columns.of({"q1": {"a": 0.5, "b": 0.9, "c": 0.5}, "q2": {"a": 1.0}})
+    >>> tied_on_top(run, trec_order(run))
+    (1, 2)
+    """
+    above = run.starts[:-1, None] + np.arange(TOP)  # [queries, TOP] places in the order
+    above = above[above + 1 < run.starts[1:, None]]
+    with np.errstate(over="ignore"):  # in single precision, as trec_eval keeps scores
+        upper, lower = (run.values[order[at]].astype(np.float32) for at in (above, above + 1))
+    return int((upper == lower).sum()), len(above)
 
 
 class Judge:
     """Evaluates runs and keeps what tables and pictures need.
 
     Attributes:
+        files: {run: [its path, or a path per seed]}, as grouped() gives them.
         values: {run: {dataset: {measure: array over queries}}}, measures as they were asked for.
         queries: {dataset: [qid]}.
         actual: {dataset: [the measures as they were computed]}, see measure_for.
@@ -363,6 +371,7 @@ class Judge:
 
     def __init__(self, measures):
         self.measures = measures
+        self.files = {}
         self.values = {}
         self.queries = {}
         self.actual = {}
@@ -385,10 +394,11 @@ class Judge:
         for run_name, paths in files.items():
             means = {m: np.zeros(len(qrels)) for m in self.measures}
             for path in paths:
-                run, own = load_run(path, dataset)
+                run, own = load_run(path, dataset, self.warnings.append)
                 dropped += own
-                found = evaluate(qrels, run, self.actual[name])
-                self.count(path, run, qrels, found)
+                order = trec_order(run)
+                found = evaluate(qrels, run, self.actual[name], order)
+                self.count(path, run, order, qrels, found)
                 for asked, actual in zip(self.measures, self.actual[name], strict=True):
                     means[asked] += np.array([found[q][actual] for q in qrels]) / len(paths)
                 if os.path.exists(f"{path}.json"):
@@ -412,9 +422,9 @@ class Judge:
         seconds_before, pairs_before = self.timing.get(run_name, (0.0, 0))
         self.timing[run_name] = seconds_before + seconds, pairs_before + pairs
 
-    def count(self, path, run, qrels, found):
-        """Warns of the queries that only the run or only the qrels have, and of a run without a
-        judged document."""
+    def count(self, path, run, order, qrels, found):
+        """Warns of the queries that only the run or only the qrels have, of scores that leave the
+        order to the ids, and of a run without a judged document."""
         here = set(run.qids)
         missing = [q for q in qrels if q not in here]
         extra = [q for q in run.qids if q not in qrels]
@@ -426,9 +436,15 @@ class Judge:
             if queries:
                 ids = ", ".join(queries[:5] + ["..."] if len(queries) > 5 else queries)
                 self.warnings.append(f"{path}: {len(queries):,} {what} ({ids}).")
+        tied, neighbours = tied_on_top(run, order)
+        if 3 * tied > neighbours:  # BM25, and what is rounded to 3 decimals, stay below a third
+            self.warnings.append(
+                f"{path}: {tied:,} of the {neighbours:,} pairs of neighbours in the first "
+                f"{TOP + 1} ranks have equal scores: their order is that of the document ids, "
+                "descending, as trec_eval breaks ties, and not the model's.")
         if any(value > 0 for row in found.values() for value in row.values()):
             return
-        ranks = judged_ranks(qrels, run, trec_order(run))
+        ranks = judged_ranks(qrels, run, order)
         if not any(judged for _, judged in ranks.values()):
             self.warnings.append(
                 f"{path}: NONE of its documents is judged: are its ids those of the qrels?")
@@ -460,12 +476,12 @@ def judge_suite(suite, folder, qrels_folder, measures):
     note."""
     judge, used = Judge(measures), set()
     folders = sorted(path for path in Path(folder).glob("*") if path.is_dir())
-    models = grouped(folders)
-    judge.values = {model: {} for model in models}
+    judge.files = grouped(folders)
+    judge.values = {model: {} for model in judge.files}
     for short, dataset in datasets_of(suite).items():
         files = {}
-        for model, seeds in models.items():
-            found = runs_in(seeds, (short, dataset.replace("/", "-"), dataset))
+        for model, seeds in judge.files.items():
+            found = runs_of(short, dataset, seeds)
             used.update(found)
             if len(found) == len(seeds):
                 files[model] = found
@@ -475,7 +491,7 @@ def judge_suite(suite, folder, qrels_folder, measures):
         if not files:
             continue
         try:
-            qrels = qrels_of_suite(short, dataset, qrels_folder)
+            qrels = qrels_of(short, dataset, qrels_folder)
         except BadInput as e:
             judge.warnings.append(f"{short} is absent, its {len(files)} runs have no qrels: {e}")
             continue
@@ -489,40 +505,6 @@ def judge_suite(suite, folder, qrels_folder, measures):
         nothing = f"{folder}: no FOLDER/<model>/<dataset>.run to judge (--help)."
         raise BadInput(" ".join([nothing, *judge.warnings]))
     return judge
-
-
-def datasets_of(suite):
-    """{name of the run file: dataset} of all columns of a suite."""
-    return {short: dataset for column in SUITES[suite].values()
-            for short, dataset in column.items()}
-
-
-def runs_in(folders, stems):
-    """The run files of these names that the folders hold."""
-    names = [f"{stem}.run{packed}" for stem in stems for packed in ("", ".gz", ".zst")]
-    paths = [Path(folder, name) for folder in folders for name in names]
-    return [path for path in paths if path.is_file()]
-
-
-def qrels_of_suite(short, dataset, folder):
-    """NAME.qrels or the BEIR folder NAME/ of a folder of qrels, where there is one; else the
-    dataset's own."""
-    local = sorted(Path(folder).glob(f"{short}*")) if folder else []
-    local = [path for path in local if path.name.split(".")[0] == short]
-    if not local:
-        return load_qrels(dataset)
-    return read_qrels(local[0]) if local[0].is_file() else load_qrels(str(local[0]))
-
-
-def columns_of_suite(suite, measures, per_dataset):
-    """{measure: {column: [(dataset, measure)]}}: a table per measure, a column per dataset or per
-    group of them."""
-    columns = {name: list(group.values()) for name, group in SUITES[suite].items()}
-    if per_dataset:
-        columns = {short: [dataset] for short, dataset in datasets_of(suite).items()}
-    return {measure: {name: [(dataset, measure) for dataset in datasets]
-                      for name, datasets in columns.items()}
-            for measure in measures}
 
 
 # ------------------------------------------------------------------------------------- differences
@@ -606,7 +588,8 @@ def parse_args(argv):
     args = flag_parser().parse_args(argv)
     ways = [bool(way) for way in (args.runs, args.folder, args.diff)]
     if sum(ways) != 1 or bool(args.suite) != bool(args.folder):
-        raise BadInput("give RUN files, or --suite NAME --runs FOLDER, or --diff A B (see --help)")
+        raise BadInput("give RUN files, or --suite NAME|FILE --runs FOLDER, or --diff A B (see "
+                       "--help)")
     judgments = [bool(source) for source in (args.dataset, args.qrels)]
     of_the_suite = args.suite and not args.dataset
     if sum(judgments) != 1 and not of_the_suite:
@@ -622,7 +605,7 @@ def parse_args(argv):
         raise BadInput("--compare paper is for --suite paper with nDCG@10, all that is known of it")
     if args.plot and Path(args.plot).suffix.lower() not in PICTURES:
         raise BadInput(f"--plot {args.plot}: name it .png, .pdf or .svg")
-    inputs = [*args.runs, args.baseline, args.qrels, args.folder, args.dataset]
+    inputs = [*args.runs, args.baseline, args.qrels, args.folder, args.dataset, args.suite]
     if args.dataset:
         inputs.append(f"{args.dataset}/../qrels")  # of the folder, where a split is named
     check_outputs([args.plot, args.per_query], inputs, args.overwrite)
@@ -644,16 +627,19 @@ def flag_parser():
         help="an ir_datasets id, a BEIR folder or pydocs (or these/SPLIT)")
     add("--qrels", metavar="FILE",
         help="TREC or BEIR qrels; with --suite a folder of NAME.qrels or BEIR folders NAME/")
-    add("--suite", choices=SUITES,
-        help="the columns of a paper, from --runs; a mean is shown only if complete")
+    add("--suite", metavar=f"{'|'.join(SUITES)}|FILE",
+        help="the columns of a paper, or of a file: a dataset a line (ID or FOLDER[/SPLIT]), or "
+             "`column: dataset` for means, # comments; a mean is shown only if complete")
     add("--runs", dest="folder", metavar="FOLDER",
-        help="FOLDER/<model>/<dataset>.run; folders X-seedN are averaged")
+        help="FOLDER/<model>/<dataset>.run (also .gz .zst; a/b/c is a-b-c); X-seedN are averaged")
     add("--per-dataset", action="store_true",
         help="a column per dataset of the suite in place of its means")
     add("--measures", nargs="+", metavar="M",
         help="default nDCG@10 RR@10 AP, for suites nDCG@10; also R@k P@k Success@k Judged@k "
-             "AP(rel=2) bpref ...; on TREC-DL datasets binary measures are (rel=2)")
-    add("--baseline", metavar="RUN", help="tests every run against this one (default: all pairs)")
+             "AP(rel=2) MRR@k recall_100 ...; on TREC-DL datasets binary measures of ir_measures' "
+             "names are (rel=2)")
+    add("--baseline", metavar="RUN",
+        help="tests every run against this one, a path or a name in the table (default: all pairs)")
     add("--test", choices=("t", "randomization", "none"), default="t",
         help="paired by query (default: t)")
     add("--intervals", action="store_true", help="95 %% bootstrap intervals beside the values")
@@ -667,8 +653,9 @@ def flag_parser():
     add("--plot", metavar="FILE.png",
         help="a picture of the first table; also .pdf .svg (matplotlib)")
     add("--plot-kind", choices=PLOTS, default="bars",
-        help="bars (default); heatmap: backbone x loss of runs named so; difference: two runs "
-             "query by query; latency: against RUN.json's timing")
+        help="bars (default); heatmap: backbone x loss of runs named BACKBONE-LOSS, or in "
+             "train.py's folders; difference: two runs query by query; latency: against RUN.json's "
+             "timing")
     add("--diff", nargs=2, metavar=("A", "B"),
         help="prints the queries two runs differ on, by the first measure")
     add("--top", type=at_least(1), default=10, help="how many queries for --diff (default: 10)")
@@ -697,22 +684,12 @@ def check_outputs(outputs, inputs, overwrite):
             raise BadInput(f"{path}: the folder {Path(path).parent} does not exist: make it first")
 
 
-def named_baseline(given, table):
-    """The run of the table that --baseline means: by its path or name, or as one of its seeds."""
-    names = {given, *grouped([given])}
-    without_seeds = {without_seed(name) for name in names}
-    for name in table:
-        if name in names or name.partition(" (")[0] in without_seeds:
-            return name
-    raise BadInput(f"--baseline {given}: not one of the runs: {', '.join(table)}")
-
-
 def report(judge, columns, title, *, form, baseline, test, compare_paper, intervals, digits, seed):
     """(table, text in the chosen form) of one table."""
     table, absent = judge.table(columns)
     notes = [text_of(note) for note in judge.notes]
     warnings = [text_of(warning) for warning in judge.warnings]
-    baseline = named_baseline(baseline, table) if baseline else None
+    baseline = run_called(baseline, judge.files) if baseline else None
     comparisons = []
     if baseline is None and test != "none" and len(table) > len(LETTERS):
         warnings.append(f"Not tested: {len(table)} runs are too many for letters; test against one "
@@ -740,12 +717,14 @@ def report(judge, columns, title, *, form, baseline, test, compare_paper, interv
 def judge_runs(paths, dataset, qrels_file, baseline, measures):
     """(Judge, {title: columns}) of run files on one dataset; a baseline that is a file is one of
     them."""
-    if baseline and os.path.isfile(baseline) and baseline not in paths:
+    given = {os.path.abspath(path) for path in paths}
+    if baseline and os.path.isfile(baseline) and os.path.abspath(baseline) not in given:
         paths = [baseline, *paths]
     name = text_of(dataset or qrels_file)
     qrels = load_qrels(dataset) if dataset else read_qrels(qrels_file)
     judge = Judge(measures)
-    judge.add(name, qrels, grouped(paths), dataset)
+    judge.files = grouped(paths)
+    judge.add(name, qrels, judge.files, dataset)
     judge.notes.insert(0, f"{name}: {len(qrels):,} queries.")
     columns = {actual: [(name, asked)]
                for actual, asked in zip(judge.actual[name], measures, strict=True)}
@@ -769,8 +748,9 @@ def main(argv=None):
         print_differences(args.diff, qrels, args.dataset, args.measures[0], args.top)
         return 0
     if args.suite:
-        judge = judge_suite(args.suite, args.folder, args.qrels, args.measures)
-        tables = columns_of_suite(args.suite, args.measures, args.per_dataset)
+        suite = load_suite(args.suite)
+        judge = judge_suite(suite, args.folder, args.qrels, args.measures)
+        tables = columns_of(suite, args.measures, args.per_dataset)
     else:
         judge, tables = judge_runs(args.runs, args.dataset, args.qrels, args.baseline,
                                    args.measures)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import textwrap
+from collections.abc import Iterable
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from data.command import BadInput, say
-from data.paper import LOSSES
+from data.paper import BACKBONES, LOSSES
 from data.significance import Table, bootstrap, value_of
 from data.tables import backbone_and_loss
 from data.texts import Texts
@@ -89,9 +92,8 @@ def bars(table: Table, seed: int) -> Figure:
 
 def heatmap(table: Table) -> Figure:
     """A map per column, in it a row per backbone and a column per loss, of the runs named
-    BACKBONE-LOSS."""
-    pairs = {name: backbone_and_loss(name) for name in table}
-    named = {name: pair for name, pair in pairs.items() if pair}
+    BACKBONE-LOSS or by train.py."""
+    named = cells_of(table)
     columns = [column for column in next(iter(table.values()))
                if any(table[name][column] is not None for name in named)]
     if not columns:
@@ -102,7 +104,8 @@ def heatmap(table: Table) -> Figure:
     present = {loss for _, loss in named.values()}
     losses = [loss for loss in LOSSES if loss in present]
     across, down = min(3, len(columns)), -(-len(columns) // 3)
-    size = 1 + across * (0.1 + 0.36 * len(losses)), down * (0.9 + 0.28 * len(backbones))
+    names = max(1, 0.085 * max(map(len, backbones)))  # inches
+    size = names + across * (0.1 + 0.36 * len(losses)), down * (0.9 + 0.28 * len(backbones))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, sharey=True)
     for axis in axes.flat[len(columns) :]:
@@ -120,8 +123,30 @@ def heatmap(table: Table) -> Figure:
             axis.text(j, i, text, ha="center", va="center", fontsize=7,
                       color="white" if value <= dark else "black")
         axis.set_xticks(range(len(losses)), losses, rotation=35, ha="right", rotation_mode="anchor")
-        axis.set(title=column, yticks=range(len(backbones)), yticklabels=backbones)
+        axis.set(title=textwrap.fill(column, max(8, 4 * len(losses))),
+                 yticks=range(len(backbones)), yticklabels=backbones)
     return figure
+
+
+def cells_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """{name: (backbone, loss)} of the runs named BACKBONE-LOSS, or [DATASET-]BACKBONE-LOSS[-shared]
+    [-docs] as train.py names its folders. How the lists were drawn stays with the backbone, and so
+    does the dataset unless it is the same for all.
+
+    >>> cells_of(["pydocs-bert-bce (3 seeds)", "pydocs-tiny-kl-shared", "bm25"]).values()
+    dict_values([('bert', 'bce'), ('tiny-shared', 'kl')])
+    """
+    found = {}
+    for name in names:
+        ending = re.search(r"((?:-shared)?(?:-docs)?)(?: \(\d+ seeds\))?\Z", name)
+        if pair := backbone_and_loss(name[: ending.start()]):
+            found[name] = pair[0] + ending[1], pair[1]
+    known = "|".join([*BACKBONES, "tiny"])
+    parts = {name: re.fullmatch(rf"(.*-|)((?:{known})(?:-shared)?(?:-docs)?)", row)
+             for name, (row, _) in found.items()}
+    if all(parts.values()) and len({part[1] for part in parts.values()}) == 1:
+        return {name: (parts[name][2], loss) for name, (_, loss) in found.items()}
+    return found
 
 
 def difference(table: Table, queries: dict[str, list[str]], dataset: str | None) -> Figure:

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections import namedtuple
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -32,6 +32,7 @@ except ImportError:  # copied alone
 MAX_GRADE = 10_000  # trec_eval's `ndcg` takes the square of the highest grade: 17 ms a query here
 GRADE = f"whole number from {-MAX_GRADE:,} to {MAX_GRADE:,}"
 BOM = b"\xef\xbb\xbf"
+HEAD = 1 << 16  # bytes of a run whose rank column is compared with the scores
 PACKED = {"gzip": (b"\x1f\x8b", ".gz"), "zstd": (b"\x28\xb5\x2f\xfd", ".zst")}
 
 
@@ -102,8 +103,9 @@ def read_qrels(path) -> dict[str, dict[str, int]]:
     return read_columns(path, QRELS).nested()
 
 
-def read_columns(path, layout: Layout) -> Columns:
-    """A file as Columns in its own order. Raises BadInput naming file and line."""
+def read_columns(path, layout: Layout, warn: Callable[[str], None] | None = None) -> Columns:
+    """A file as Columns in its own order. Raises BadInput naming file and line. `warn` is called
+    with a line of text where the scores of a run contradict its rank column."""
     data = read_bytes(path)
     start = len(data) - len(data.lstrip())
     if start == len(data):
@@ -117,10 +119,8 @@ def read_columns(path, layout: Layout) -> Columns:
         except ValueError:  # a header: its line is left empty, the others keep their numbers
             data = data[:start] + data[start + len(b"\t".join(fields)) :]
     columns = _read_arrow(data, layout) or Columns.of(_read_lines(path, data, layout))
-    first_process = int(os.environ.get("RANK", 0)) == 0
-    if layout is RUN and first_process and _falls_towards_first(data[: 1 << 16]):
-        print(f"{path}: scores fall towards rank 1: are they ranks or distances? Higher must be "
-              "better: negate them", file=sys.stderr)
+    if layout is RUN:
+        _compare_ranks(path, data[:HEAD], warn)
     return columns
 
 
@@ -143,16 +143,43 @@ def read_bytes(path) -> bytes:
     return data
 
 
-def _falls_towards_first(head: bytes) -> bool:
-    """Whether the scores fall, line by line, from the last rank to the first in most queries of
-    these lines."""
+def _compare_ranks(path, head: bytes, warn: Callable[[str], None] | None) -> None:
+    """Says on stderr that the scores of these lines fall towards rank 1, or else calls `warn` where
+    a score is above that of a better rank."""
+    ranked = _scores_by_rank(head)
+    if _fall_towards_first(ranked.values()):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{path}: scores fall towards rank 1: are they ranks or distances? Higher must "
+                  "be better: negate them", file=sys.stderr)
+        return
+    contradicted = [q.decode() for q, scores in ranked.items() if _rise(scores)]
+    if warn and contradicted:
+        warn(f"{path}: the scores contradict the rank column, which is ignored as by trec_eval, in "
+             f"{len(contradicted)} of the {len(ranked)} queries in its first {HEAD >> 10} kB (e.g. "
+             f"{contradicted[0]}): is the order that is meant in the ranks?")
+
+
+def _scores_by_rank(head: bytes) -> dict[bytes, list[float]]:
+    """{query: its scores from the best rank to the last} of lines of a run; without the queries
+    that have one rank only."""
     ranked: dict[bytes, dict[float, float]] = {}
     for fields in map(bytes.split, head.splitlines()):
         if len(fields) == RUN.columns and fields[3].isdigit():
             ranked.setdefault(fields[0], {})[float(fields[3])] = float(fields[4].decode())
-    lists = [[scores[rank] for rank in sorted(scores)] for scores in ranked.values()]
-    lists = [scores for scores in lists if len(scores) > 1]
+    return {q: [scores[rank] for rank in sorted(scores)] for q, scores in ranked.items()
+            if len(scores) > 1}
+
+
+def _fall_towards_first(lists: Iterable[list[float]]) -> bool:
+    """Whether the scores fall, line by line, from the last rank to the first in most queries."""
     return 2 * sum(x[0] < x[-1] and x == sorted(x) for x in lists) > len(lists)
+
+
+def _rise(scores: list[float]) -> bool:
+    """Whether a score is above the one before it, in trec_eval's single precision."""
+    with np.errstate(over="ignore"):
+        single = np.float32(scores)
+    return bool((single[1:] > single[:-1]).any())
 
 
 def _read_arrow(data: bytes, layout: Layout) -> Columns | None:

@@ -91,6 +91,7 @@ COMMANDS = [Command(*line) if isinstance(line, tuple) else Command(line) for lin
     "--measures RR@10 Judged@10 bpref",
     "evaluate.py --dataset {corpus}/train --diff {first.run} {teacher.run} --top 3",
     "evaluate.py --suite nanobeir --runs {suite} --qrels {judged} --per-dataset",
+    "evaluate.py --suite {datasets.txt} --runs {suite} --qrels {judged} --baseline bert-kl",
     ENSEMBLE + "--run {first.run} --out out.run --normalize zscore --keep-each",
     ENSEMBLE + "--triples {triples.tsv} --out out.tsv --keep-each",
     ENSEMBLE + "--triples {scored.tsv} --out out.tsv --normalize minmax",
@@ -173,6 +174,7 @@ def build(world: Path) -> None:
     (world / "suite" / "bert-kl").mkdir(parents=True)
     for name in ("qrels.txt", "judged/scifact.qrels", "judged/nfcorpus.qrels"):
         (world / name).write_text(judged)
+    (world / "datasets.txt").write_text("# mine\nscifact\nboth: scifact\nboth: nfcorpus\n")
     for name in ("scifact", "nfcorpus"):
         shutil.copy(world / "first.run", world / "suite" / "bert-kl" / f"{name}.run")
     lines = (world / "corpus" / "corpus.jsonl").read_text().splitlines()

@@ -21,6 +21,7 @@ import scipy.stats
 import evaluate as e
 from data.command import guarded
 from data.paper import LOSSES
+from data.run_names import run_called, short_names
 from data.runs import BEIR, QRELS, _read_arrow, _read_lines
 from data.significance import bootstrap, compare, holm, paired_t, randomization
 from data.tables import Entry, backbone_and_loss, entries, latex
@@ -31,8 +32,10 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no SHARED_DATA")
 
 
 def write_run(path, run, tag="t", score="{!r}"):
-    lines = [f"{q} Q0 {d} {i} {score.format(s)} {tag}"
-             for q, ds in run.items() for i, (d, s) in enumerate(ds.items())]
+    rank = {q: {d: i for i, d in enumerate(sorted(ds, key=ds.get, reverse=True), 1)}
+            for q, ds in run.items()}
+    lines = [f"{q} Q0 {d} {rank[q][d]} {score.format(s)} {tag}"
+             for q, ds in run.items() for d, s in ds.items()]
     path.write_text("\n".join(lines) + "\n")
     return str(path)
 
@@ -201,6 +204,57 @@ def test_ties_fall_to_the_larger_document_id():
         assert values["q"]["RR"] == 0.5
 
 
+TIES = [
+    # (scores of a query's documents, best first; tied neighbours, neighbours in its first 11 ranks)
+    ([1.0] * 50, (10, 10)),
+    ([3, 3, 2, 2, 2, 1], (3, 5)),
+    ([*range(50, 39, -1), *[0] * 30], (0, 10)),  # ties further down
+    ([*range(9, -1, -1), 0], (1, 10)),  # across the cutoff
+    ([1 + 1e-9, 1, 0], (1, 2)),  # equal in single precision
+    ([1e39, 1e38, 1e40], (1, 2)),
+    ([7.0], (0, 0)),
+]
+
+
+def test_ties_are_counted_in_the_first_ranks():
+    rng = np.random.default_rng(0)
+    run = {}
+    for i, (scores, _) in enumerate(TIES):
+        names = [f"d{j}" for j in rng.permutation(len(scores))]
+        pairs = list(zip(names, map(float, scores), strict=True))
+        run[f"q{i}"] = {pairs[j][0]: pairs[j][1] for j in rng.permutation(len(pairs))}
+        columns = e.Columns.of({"q": run[f"q{i}"]})
+        assert e.tied_on_top(columns, e.trec_order(columns)) == TIES[i][1]
+    columns = e.Columns.of({"none": {}, **run})
+    assert e.tied_on_top(columns, e.trec_order(columns)) == tuple(
+        map(sum, zip(*(counts for _, counts in TIES), strict=True)))
+
+
+@pytest.mark.parametrize("tied, warned", [(10, True), (4, True), (3, False), (0, False)])
+def test_runs_whose_ties_make_the_order_are_warned_of(tied, warned, tmp_path, capsys):
+    """A third of the neighbours, 9 of them, is not yet too many."""
+    scores = [float(-max(j - tied, 0)) for j in range(10)]
+    write_run(tmp_path / "x.run", {f"q{i}": {f"d{j}": s for j, s in enumerate(scores)}
+                                   for i in range(8)})
+    write_qrels(tmp_path / "qrels.txt", {f"q{i}": {"d9": 1} for i in range(8)})
+    status, out, err = script(capsys, "--qrels", tmp_path / "qrels.txt", tmp_path / "x.run")
+    assert (status, err) == (0, "")
+    line = (f"{tmp_path}/x.run: {8 * min(tied, 9)} of the 72 pairs of neighbours in the first 11 "
+            "ranks have equal scores: their order is that of the document ids, descending")
+    assert (line in out) == ("equal scores" in out) == warned
+
+
+@needs_data
+def test_real_runs_are_not_warned_of():
+    files = sorted(DATA.glob("*/runs/*.txt"))
+    for file in files:
+        said = []
+        run = e.read_columns(file, e.RUN, said.append)
+        tied, neighbours = e.tied_on_top(run, e.trec_order(run))
+        assert 3 * tied <= neighbours and not said, (file, tied, neighbours, said)
+    assert len(files) > 3
+
+
 def test_gains_are_linear():
     qrels, run = {"q": {"a": 1, "b": 3, "c": 0}}, {"q": {"a": 3, "b": 2, "c": 1}}
     value = e.evaluate(qrels, run, ["nDCG@10"])["q"]["nDCG@10"]
@@ -224,13 +278,38 @@ def test_measures_have_the_other_names_of_the_field():
     qrels, run = generated(20)
     same = {"Recall@20": "R@20", "recall@20": "R@20", "Recall(rel=2)@20": "R(rel=2)@20",
             "Precision@5": "P@5", "Hit@3": "Success@3", "MRR@10": "RR@10", "MAP": "AP",
-            "NDCG@10": "nDCG@10", "ndcg": "nDCG", "P@999999999": "P_999999999"}
+            "NDCG@10": "nDCG@10", "ndcg": "nDCG", "P@999999999": "P_999999999",
+            "mAP": "AP", "mrr@10": "RR@10", "ndcg@10": "nDCG@10",
+            "ndcg_at_10": "nDCG@10", "recall_at_20": "R@20", "MAP_at_5": "AP@5",
+            "hit_rate@3": "Success@3", "HitRate@3": "Success@3", "Hits@3": "Success@3",
+            "accuracy_at_3": "Success@3", "ndcg_cut_10": "nDCG@10", "ndcg_cut.10": "nDCG@10",
+            "recip_rank": "RR", "map": "AP", "recall_20": "R@20", "P_5": "P@5", "P.5": "P@5",
+            "success_3": "Success@3", "map_cut.5": "AP@5"}
     for values in e.evaluate(qrels, run, [*same, *same.values()]).values():
         assert all(values[name] == values[known] for name, known in same.items())
-    for name in ("Recall", "Precision", "Hit"):
-        deep_learning = e.measure_for(f"{name}@5", "msmarco-passage/trec-dl-2019/judged")
-        assert deep_learning == f"{name}(rel=2)@5"
-        assert e.measure_for(f"{name}@5", "beir/nq") == f"{name}@5"
+    for name in ("Recall", "Precision", "Hit", "HitRate", "hit_rate", "accuracy", "MAP"):
+        for cut in ("@5", "_at_5"):
+            deep_learning = e.measure_for(name + cut, "msmarco-passage/trec-dl-2019/judged")
+            assert deep_learning == f"{name}(rel=2){cut}"
+            assert e.parse_measure(deep_learning)[1:3] == (e.parse_measure(name + cut).trec, 2)
+            assert e.measure_for(name + cut, "beir/nq") == name + cut
+    for name in ("nDCG@5", "ndcg_at_5", "Judged@5", "RR(rel=1)@5", "P_5"):
+        assert e.measure_for(name, "msmarco-passage/trec-dl-2019/judged") == name
+
+
+@pytest.mark.parametrize("name, nearest", [
+    ("nDGC@10", "ndcg@10"), ("recal@100", "recall@100"), ("Recall", "recall@10"), ("P", "p@10"),
+    ("MRR10", "mrr@10"), ("ndcg_cut", "ndcg_cut_10"), ("map_5", "map@5"), ("Bpref", "bpref"),
+    ("R-Prec", "Rprec"), ("nDCG@10,AP", "ndcg@10"), ("good.run", None), ("F1@10", None),
+    ("rbp", None), ("", None),
+])
+def test_unknown_measures_are_told_the_nearest_name(name, nearest):
+    with pytest.raises(e.BadInput) as caught:
+        e.parse_measure(name)
+    hint = re.search("did you mean (.+?)\\?: nDCG@k", str(caught.value))
+    assert (hint and hint[1]) == nearest
+    if nearest:
+        e.parse_measure(nearest)
 
 
 def test_what_ends_trec_eval_is_kept_from_it():
@@ -460,6 +539,37 @@ def test_scores_that_fall_towards_rank_one_are_said(tmp_path, capsys, monkeypatc
     assert said(lambda q, r: -r, head=long).startswith(line)
     monkeypatch.setenv("RANK", "1")
     assert said(lambda q, r: r) == ""
+
+
+@pytest.mark.parametrize("rank, score, contradicted", [
+    (lambda r: r, lambda q, r: r if q == "q3" and r == 9 else -r, ["q3"]),
+    (lambda r: 9 - r, lambda q, r: r if q < "q5" else -r, ["q5", "q6", "q7", "q8"]),
+    (lambda r: r, lambda q, r: r * (-1) ** r, [f"q{q}" for q in range(9)]),
+    (lambda r: r, lambda q, r: r % 9, [f"q{q}" for q in range(9)]),
+    (lambda r: r, lambda q, r: -(r // 3), []),  # ties
+    (lambda r: r, lambda q, r: 1 + (-1) ** r * 1e-12, []),  # and in single precision
+    (lambda r: 0, lambda q, r: r * (-1) ** r, []),  # no ranks
+    (lambda r: "-", lambda q, r: r * (-1) ** r, []),
+    (lambda r: r, lambda q, r: r, None),  # said of the whole run, on stderr
+])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_scores_that_contradict_the_ranks_are_warned_of(rank, score, contradicted, shuffled,
+                                                        tmp_path, capsys):
+    lines = [f"q{q} Q0 d{r} {rank(r)} {score(f'q{q}', r)} t\n" for q in range(9)
+             for r in range(1, 10)]
+    if shuffled:
+        np.random.default_rng(0).shuffle(lines)
+    (tmp_path / "x.run").write_text("".join(lines))
+    write_qrels(tmp_path / "qrels.txt", {f"q{q}": {"d1": 1} for q in range(9)})
+    status, out, err = script(capsys, "--qrels", tmp_path / "qrels.txt", tmp_path / "x.run")
+    assert status == 0 and ("scores fall towards rank 1" in err) == (contradicted is None)
+    found = re.findall(r"contradict the rank column.* in (\d+) of the 9 queries in its first 64 kB "
+                       r"\(e.g. (q\d)\)", out)
+    assert len(found) == bool(contradicted) and out.count("contradict the") == len(found)
+    for count, query in found:
+        assert int(count) == len(contradicted) and query in contradicted
+    e.read_run(tmp_path / "x.run")
+    assert (capsys.readouterr().err == "") == (contradicted is not None)
 
 
 ODD_LINES = {
@@ -798,6 +908,55 @@ def test_seeds_are_averaged_per_query(folder, capsys):
     assert test["p"] == pytest.approx(scipy.stats.ttest_rel(np.mean(ap, 0), ap[1]).pvalue, rel=1e-6)
 
 
+@pytest.mark.parametrize("names", [
+    {"bm25.run": "bm25", "x/bert.run.gz": "bert"},
+    {"r/a/x.run.gz": "a", "r/b/x.run.gz": "b", "bm25.run": "bm25", "first/x.run.gz": "first"},
+    {"/r/a/x.run": "a", "/r/b/x.run.zst": "b", "./x.run": "./x.run"},
+    {"r/a/x.run": "a/x", "r/a/y.run": "a/y", "r/b/x.run": "b/x", "r/b/y.run": "b/y"},
+    {"r/a/x.run": "a/x", "r/a/y.run": "y", "r/b/x.run": "b"},  # b's is called x as well
+    {"r/a/x.run": "r/a", "s/a/x.run": "s/a", "s/b/x.run": "b"},
+    {"r/a/x.run": "r/a/x.run", "r/a/x.run.gz": "r/a/x.run.gz", "r/b.run": "b"},
+    {"x.run": "x.run", "a/x.run": "a"},
+    {"a.run": "a.run", "r/a/x.run": "r/a", "r/b/x.run": "b"},
+    {"/a.run": "/a.run", "r/a.run": "r"},
+    {".run": ".run", "r/.run": "r"},
+])
+def test_runs_are_called_by_the_shortest_part_that_tells_them_apart(names):
+    for order in (list(names), list(names)[::-1]):
+        assert short_names(order) == names
+        groups = e.grouped(order)
+        assert groups == {names[path]: [path] for path in order}
+        for path, name in names.items():
+            assert run_called(path, groups) == run_called(f"./{path}".replace(".//", "/"), groups)
+            assert run_called(path, groups) == run_called(name, groups) == name
+
+
+def test_short_names_and_their_baseline(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    paths = {}
+    for model, seed, kind in (("tiny-bce", 1, "bad"), ("tiny-bce", 2, "a_copy"),
+                              ("tiny-kl", 1, "good"), ("tiny-kl", 2, "good")):
+        paths[model, seed] = Path("runs", f"{model}-seed{seed}", "pydocs-test.run.gz")
+        paths[model, seed].parent.mkdir(parents=True)
+        data = Path(f"{kind}.run").read_bytes()
+        paths[model, seed].write_bytes(gzip.compress(data))
+    arguments = ["--qrels", "qrels.txt", *paths.values(), "bad.run", "--measures", "AP", "--format",
+                 "json", "--baseline"]
+    tables = []
+    for baseline in (paths["tiny-bce", 2], f"./{paths['tiny-bce', 1]}", "tiny-bce",
+                     "tiny-bce (2 seeds)", "tiny-bce-seed2", folder / "bad.run", "bad", "bad.run"):
+        status, out, err = script(capsys, *arguments, baseline)
+        assert status == 0, err
+        tables.append(json.loads(out))
+        assert list(tables[-1]["runs"])[-3:] == ["tiny-bce (2 seeds)", "tiny-kl (2 seeds)", "bad"]
+    assert all(table == tables[0] for table in tables[1:5])
+    assert {t["first"] for t in tables[0]["tests"]} == {"tiny-kl (2 seeds)", "bad"}
+    assert {t["second"] for t in tables[0]["tests"]} == {"tiny-bce (2 seeds)"}
+    assert tables[-1] == tables[-2] and {t["second"] for t in tables[-1]["tests"]} == {"bad"}
+    status, _, err = script(capsys, *arguments, "pydocs-test")
+    assert status == 2 and "not one of the runs: tiny-bce (2 seeds), tiny-kl (2 seeds), bad" in err
+
+
 def test_binary_measures_on_trec_dl_take_grade_two(folder, capsys):
     corpus, run = folder / "trec-dl-2042", folder / "bad.run"
     _, out, _ = script(capsys, "--dataset", corpus, run, "--measures", "AP", "nDCG@10",
@@ -875,6 +1034,80 @@ def test_suite(suite, capsys):
     assert "grades from 2" in " ".join(first["notes"])
 
 
+OWN = """\ufeff# the collections of the house
+beir/scifact/test   # its own column
+
+./trec-dl-2042/\r
+LoTTE: lotte/writing/test/search
+LoTTE :lotte/science/test/search
+all of it: beir/scifact/test
+all of it: ./trec-dl-2042/
+trec-dl-2042/test
+"""
+
+
+def test_a_suite_of_ones_own(suite, capsys, monkeypatch):
+    """Names with / as - and full names, packed or not; a BEIR folder's own qrels, with or without
+    the split; means of columns."""
+    monkeypatch.chdir(suite)
+    Path("own.txt").write_text(OWN)
+    for model, kind in (("bm25", "bad"), ("mine-seed1", "good"), ("mine-seed2", "bad")):
+        runs = Path("own", model)
+        (runs / "beir/scifact").mkdir(parents=True)
+        shutil.copy(f"{kind}.run", runs / "trec-dl-2042.run")
+        shutil.copy(f"{kind}.run", runs / "beir/scifact/test.run")
+        data = Path("a_copy.run").read_bytes()
+        (runs / "trec-dl-2042-test.run.gz").write_bytes(gzip.compress(data))
+        (runs / "lotte-writing-test-search.run.gz").write_bytes(gzip.compress(data))
+    judged = e.read_qrels("qrels.txt")
+    for name in ("beir-scifact-test.qrels", "lotte-writing-test-search.txt"):
+        write_qrels(suite / "judged" / name, judged)
+    write_qrels(suite / "judged" / "trec-dl-2042-test.5.qrels", {"q0": {"d9": 1}})  # another's
+    arguments = ["--suite", "own.txt", "--runs", "own", "--qrels", "judged", "--format", "json",
+                 "--digits", 6]
+    status, out, err = script(capsys, *arguments, "--measures", "AP")
+    assert (status, err) == (0, "")
+    table = json.loads(out)
+    cells = {n: {c: x["text"] for c, x in row.items()} for n, row in table["runs"].items()}
+    values = {(n, m): e.mean(e.evaluate(judged, e.read_run(f"{n}.run"), [m]))[m]
+              for n in ("good", "bad") for m in ("AP", "AP(rel=2)")}
+    bad, both = ({m: v for (n, m), v in values.items() if n == "bad"},
+                 {m: (values["good", m] + values["bad", m]) / 2 for m in ("AP", "AP(rel=2)")})
+    assert list(cells) == ["bm25", "mine (2 seeds)"]
+    for row, known in zip(cells.values(), (bad, both), strict=True):
+        assert row == {
+            "beir-scifact-test": f"{known['AP']:.6f}",
+            "trec-dl-2042": f"{known['AP(rel=2)']:.6f}",
+            "LoTTE": "absent (1/2)",
+            "all of it": f"{(known['AP'] + known['AP(rel=2)']) / 2:.6f}",
+            "trec-dl-2042-test": f"{values['good', 'AP(rel=2)']:.6f}",
+        }
+    notes = " ".join(table["notes"])
+    assert "grades from 2" in notes and "left out" not in notes
+    status, out, _ = script(capsys, *arguments, "--per-dataset", "--baseline", "own/mine-seed2")
+    rows = json.loads(out)["runs"]
+    assert list(rows["bm25"]) == ["beir-scifact-test", "trec-dl-2042", "lotte-writing-test-search",
+                                  "lotte-science-test-search", "trec-dl-2042-test"]
+    assert rows["bm25"]["beir-scifact-test"]["marks"] == "‡"
+
+
+@pytest.mark.parametrize("text, what", [
+    (b"nq\nnq fiqa\n", "2: `nq fiqa`: a line is a dataset, or `column: dataset`"),
+    (b"mean:\n", "1: `mean:`"), (b": nq\n", "1: `: nq`"), (b"a: b: c\n", "1: `a: b: c`"),
+    (b"/\n", "1: `/`"), (b"nq\n\0\n", "2: `\0`"),
+    (b"nq\n# x\nnq\n", "3: nq stands in nq twice"),
+    (b"m: a/b\nm: a/b\n", "2: a/b stands in m twice"),
+    (b"a/b\nm: a-b\n", "2: the run files of a-b would have the name of a/b's, a-b.run"),
+    (b"nq\nn\xffq\n", "2: not UTF-8"), (b"", "1: no dataset in it"), (b"# nq\n\n", "1: no"),
+])
+def test_bad_lines_of_a_suite_are_named(text, what, suite, capsys, monkeypatch):
+    monkeypatch.chdir(suite)
+    Path("own.txt").write_bytes(text)
+    status, out, err = script(capsys, "--suite", "own.txt", "--runs", "runs", "--plot", "x.svg")
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: own.txt:{what}")
+    assert not Path("x.svg").exists()
+
+
 def test_compare_with_the_paper(suite, capsys):
     arguments = ["--suite", "paper", "--runs", suite / "runs", "--qrels", suite / "judged",
                  "--compare", "paper"]
@@ -926,6 +1159,12 @@ def test_the_papers_table_is_whole():
         (["--dataset", "runs", "good.run"], "runs"),
         (["--suite", "paper", "--runs", "nowhere"], "nowhere"),
         (["--suite", "nanobeir"], "--suite"),
+        (["--suite", "papers", "--runs", "runs"],
+         "--suite papers: neither paper nor nanobeir nor a file of datasets"),
+        (["--suite", "qrels.txt", "--runs", "runs"], "qrels.txt:1: `q0 0 d0 2`: a line is a"),
+        (["--suite", "qrels.txt", "--runs", "runs", "--compare", "paper"], "--compare"),
+        (["--suite", "qrels.txt", "--runs", "runs", "--per-query", "qrels.txt", "--overwrite"],
+         "reads it"),
         (["--qrels", "qrels.txt", "good.run", "--digits", "-1"], "--digits"),
         (["--qrels", "qrels.txt", "good.run", "--digits", str(2**31)], "--digits"),
         (["--qrels", "qrels.txt", "good.run", "--measures", "a\nb"], "unknown measure `a b`"),
@@ -1077,6 +1316,69 @@ def test_pictures_say_what_is_absent_and_stay_legible():
     assert axis.get_xlim() == (-0.5, 1.5)
 
 
+CELLS = [
+    {"minilm-bce (3 seeds)": ("minilm", "bce"), "ettin-17m-kl": ("ettin-17m", "kl"), "bm25": None,
+     "minilm-bce-extra": None, "modernbert-large-kl": ("modernbert-large", "kl")},
+    # how the lists were drawn tells rows apart, the dataset unless it is everyone's
+    {"pydocs-tiny-bce (2 seeds)": ("tiny", "bce"), "pydocs-tiny-hinge-docs": ("tiny-docs", "hinge"),
+     "pydocs-tiny-bce-shared": ("tiny-shared", "bce"), "pydocs-test": None,
+     "pydocs-modernbert-kl-shared-docs (2 seeds)": ("modernbert-shared-docs", "kl")},
+    {"msmarco-passage-train-bert-bce": ("msmarco-passage-train-bert", "bce"),
+     "pydocs-bert-bce": ("pydocs-bert", "bce")},
+    {"scifact-all-minilm-l6-v2-kl": ("scifact-all-minilm-l6-v2", "kl"),
+     "scifact-bert-kl": ("scifact-bert", "kl")},
+    {f"corpora-mine-bert-{loss} (3 seeds)": ("bert", loss) for loss in LOSSES},
+    {"a\nb-docs": None},
+]
+
+
+@pytest.mark.parametrize("cells", CELLS, ids=range(len(CELLS)))
+def test_cells_of_the_map_are_known_by_name(cells):
+    pytest.importorskip("matplotlib")
+    from data import pictures
+
+    assert pictures.cells_of(cells) == {name: cell for name, cell in cells.items() if cell}
+
+
+@pytest.mark.parametrize("name", ["{b}-{l}-seed{s}", "msmarco-passage-train-{b}-{l}-seed{s}"])
+@pytest.mark.parametrize("by_suite", [False, True])
+def test_heat_maps_of_the_loops_folders(name, by_suite, folder, capsys, monkeypatch):
+    """Cells are the means over seeds; the first stage has the same file name and is left out."""
+    pytest.importorskip("matplotlib")
+    from data import pictures
+
+    monkeypatch.chdir(folder)
+    kinds = {"minilm": ("good", "good"), "modernbert-large": ("good", "bad")}
+    runs = [Path("first", "dl19.run")]
+    for b, (first, second) in kinds.items():
+        for loss in ("infonce", "bce"):
+            runs += [Path("runs", name.format(b=b, l=loss, s=s), "dl19.run") for s in (1, 2)]
+            for run, kind in zip(runs[-2:], (first, second), strict=True):
+                run.parent.mkdir(parents=True)
+                shutil.copy(f"{kind}.run", run)
+    Path("first").mkdir()
+    shutil.copy("bad.run", "first/dl19.run")
+    Path("judged").mkdir()
+    shutil.copy("qrels.txt", "judged/dl19.qrels")
+    maps, draw = [], pictures.heatmap
+    monkeypatch.setattr(pictures, "heatmap", lambda table: maps.append(draw(table)) or maps[-1])
+    where = ["--suite", "paper", "--runs", "runs", "--qrels", "judged"]
+    if not by_suite:
+        where = ["--qrels", "qrels.txt", *runs, "--measures", "nDCG@10"]
+    status, _, err = script(capsys, *where, "--plot", "x.png", "--plot-kind", "heatmap")
+    assert status == 0 and err == ("" if by_suite else
+                                   "not in the picture, not named BACKBONE-LOSS: first\n")
+    (axis,) = maps[0].axes
+    rows, columns = ([label.get_text() for label in labels()]
+                     for labels in (axis.get_yticklabels, axis.get_xticklabels))
+    assert (rows, columns) == (["minilm", "modernbert-large"], ["bce", "infonce"])
+    qrels = e.read_qrels("qrels.txt")
+    good, bad = (e.mean(e.evaluate(qrels, e.read_run(f"{n}.run"), ["nDCG@10"]))["nDCG@10"]
+                 for n in ("good", "bad"))
+    rows = [f"{value:.3f}".removeprefix("0") for value in (good, (good + bad) / 2)]
+    assert [text.get_text() for text in axis.texts] == [rows[0], rows[0], rows[1], rows[1]]
+
+
 def test_pictures_leave_the_process_as_it_is(folder, capsys):
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
@@ -1192,9 +1494,9 @@ def test_modules_that_work_copied_alone(module, folder):
     assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 
-@pytest.mark.parametrize("function", [e.judged_ranks, e.trec_order])
+@pytest.mark.parametrize("function", [e.judged_ranks, e.trec_order, e.tied_on_top, short_names])
 def test_examples_in_docstrings_hold(function):
-    names = {name: getattr(e, name) for name in ("Columns", "judged_ranks", "trec_order")}
+    names = dict(function.__globals__)
     (example,) = doctest.DocTestFinder().find(function, function.__name__, globs=names)
     found = doctest.DocTestRunner().run(example)
     assert found.attempted and not found.failed
