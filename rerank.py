@@ -42,7 +42,8 @@ from data.cache import model_stamp
 from data.command import BadInput, Parser, Progress, at_least, say
 from data.first_stages import SPLADE, first_stage, first_stage_name
 from data.parts import blocks_of, digest_of, is_finished, note_of, write_in_blocks
-from data.runs import atomic_write, run_name, run_tag
+from data.run_names import run_name
+from data.runs import atomic_write, run_tag
 from data.runs import read_run as read_run  # of this stage, for who imports from here
 from data.runs import write_run as write_run
 from data.texts import SURROGATE, DocumentTokens, Texts, check_dataset, text_lines

@@ -1,5 +1,5 @@
-"""What runs are called in tables and pictures: the part of a path that tells it from the others.
-The seeds of one model are one run."""
+"""What runs are called: their files, by model and dataset; and in tables and pictures, where the
+part of a path that tells it from the others is its name and the seeds of one model are one run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data.command import BadInput
+
+
+def run_name(model: str, dataset: str) -> str:
+    """MODEL/DATASET.run.gz, the model by the last part of its path, the dataset by its whole name.
+
+    >>> run_name("runs/bert-bce-seed1/", "./beir/nq")
+    'bert-bce-seed1/beir-nq.run.gz'
+    """
+    return f"{os.path.basename(os.path.abspath(model))}/{file_name_of(dataset)}.run.gz"
+
+
+def file_name_of(dataset: str) -> str:
+    """The name that the run files of a dataset have, e.g. corpora-mine-test of
+    ./corpora/mine/test."""
+    return relative(dataset).replace("/", "-")
+
+
+def relative(dataset: str) -> str:
+    return re.sub(r"^(\.?/)+", "", dataset).rstrip("/")
 
 
 def without_seed(path: str | Path) -> str:

@@ -350,16 +350,6 @@ def run_tag(model: str) -> str:
     return re.sub(r"\s+|[\x00-\x1f\x7f\ud800-\udfff]", "_", Path(model).name) or "run"
 
 
-def run_name(model: str, dataset: str) -> str:
-    """MODEL/DATASET.run.gz, the model by the last part of its path, the dataset by its whole name.
-
-    >>> run_name("runs/bert-bce-seed1/", "./beir/nq")
-    'bert-bce-seed1/beir-nq.run.gz'
-    """
-    name = re.sub(r"^(\.?/)+|/+$", "", dataset).replace("/", "-")
-    return f"{os.path.basename(os.path.abspath(model))}/{name}.run.gz"
-
-
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
     """A text file that appears under its name complete and on the disk, or not at all (.gz and .zst

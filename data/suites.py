@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data.command import BadInput
 from data.paper import SUITES
+from data.run_names import file_name_of, relative
 from data.runs import BOM, read_bytes, read_qrels
 from data.texts import load_qrels
 
@@ -52,16 +53,6 @@ def read_suite(path: str) -> Suite:
     if not suite:
         raise BadInput(f"{path}:1: no dataset in it: write one a line")
     return suite
-
-
-def file_name_of(dataset: str) -> str:
-    """The name that the run files of a dataset have, e.g. corpora-mine-test of
-    ./corpora/mine/test."""
-    return relative(dataset).replace("/", "-")
-
-
-def relative(dataset: str) -> str:
-    return re.sub(r"^(\.?/)+", "", dataset).rstrip("/")
 
 
 def datasets_of(suite: Suite) -> dict[str, str]:

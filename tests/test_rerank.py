@@ -22,7 +22,10 @@ import toy
 from data import cache
 from data.command import BadInput, guarded
 from data.first_stages import bm25
-from data.runs import RUN, best_first, read_columns, read_run, run_name, trec_order
+from data.paper import SUITES
+from data.run_names import run_name
+from data.runs import RUN, best_first, read_columns, read_run, trec_order
+from data.suites import datasets_of
 from kernels.encoder import CrossEncoder
 from kernels.sigmoid import sigmoid_in_order
 
@@ -626,10 +629,8 @@ def test_what_is_wrong_is_said_before_anything_is_scored(several, tmp_path, monk
 
 
 def test_runs_of_the_suites_are_named_as_evaluate_reads_them():
-    import evaluate
-
-    for suite in evaluate.SUITES:
-        for short, dataset in evaluate.datasets_of(suite).items():
+    for suite in SUITES.values():
+        for short, dataset in datasets_of(suite).items():
             model, name = Path(run_name("runs/bert-bce-seed1", dataset)).parts
             assert model == "bert-bce-seed1"
             assert name == f"{dataset.replace('/', '-')}.run.gz", short
