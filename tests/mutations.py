@@ -80,7 +80,12 @@ COMMANDS = [Command(*line) if isinstance(line, tuple) else Command(line) for lin
     (RERANK + "--run {first.run} --seed 2", ("rerank", "PairScorer._result", 3)),
     *[RERANK.replace("{model}", f"{{{family}}}") + "--run {first.run} --depth 5"
       for family in ("electra", "modernbert", "deberta")],
+    RERANK + "--run {first.run} --depth 10 --sigmoid",
+    "rerank.py --device cpu --dtype float32 --out outs --model {model} {other} --dataset {corpus} "
+    "{corpus}/train --run {first.run} {teacher.run} --depth 5",
+    "rerank.py --dataset {corpus} --first-stage bm25 --out out.run",
     "rerank.py --device cpu --model {model} --query kaba {passages.txt}",
+    "rerank.py --device cpu --model {model} --query kaba {passages.txt} --top 3 --json",
     JUDGE,
     JUDGE + "--format latex --intervals --measures nDCG@10 P@5 AP(rel=2) --test randomization",
     JUDGE + "--format csv --per-query values.tsv --baseline {runs/bm25.run}",
@@ -658,10 +663,15 @@ def unfit(argv: list[str], printed: str) -> str | None:
             return "a table with NaN"
     if out is None or argv[0] == "evaluate.py":
         return None if printed.strip() else "printed nothing"
+    from data.runs import read_run
+
     if "--lists" in given:
         return unfit_lists(out, given["--lists"])
     if triples:
         return unfit_triples(out, triples, given["--dataset"])
+    if Path(out).is_dir():
+        runs = sorted(Path(out).glob("*/*.run.gz"))
+        return None if len(runs) == 4 and all(map(read_run, runs)) else f"{len(runs)} runs in {out}"
     return unfit_run(out, source, int(given.get("--depth", 1000)), "--skip-missing" in argv)
 
 
