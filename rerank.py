@@ -214,8 +214,8 @@ def parse() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--model", nargs="+", help="model folders or hub ids; without one --first-stage itself is "
-        "written")
+    add("--model", nargs="+", help="model folders or hub ids, in modules of sentence-transformers "
+        "(ettin-reranker) too; without one --first-stage itself is written")
     add_first_stage_flags(parser, nargs="+")
     add("--out", type=Path, help="the TREC run to write, or the folder of several")
     add("--overwrite", action="store_true", help="replace --out where it exists; in a folder, the "

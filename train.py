@@ -72,7 +72,8 @@ def parse(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--backbone", default="tiny",
         help=f"tiny, {', '.join(BACKBONES)}, or a hub id or folder of "
-        "BERT, RoBERTa, ELECTRA, DeBERTa-v3 or ModernBERT kind (default tiny)")
+        "BERT, (XLM-)RoBERTa, ELECTRA, DeBERTa-v3 or ModernBERT kind, a re-ranker in modules of "
+        "sentence-transformers too (default tiny)")
     add("--loss", default="infonce", choices=sorted(LOSSES), help="the objective (default infonce)")
     add("--out", type=Path, help="run folder (default runs/DATASET-BACKBONE-LOSS-seedN)")
     add_data_flags(parser.add_argument_group("data").add_argument)

@@ -6,6 +6,7 @@ hidden], so one way serves training and scoring, CPU and GPU, and saving and loa
 Face's own.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -33,12 +34,14 @@ from kernels.linears import Joined, Narrow, by_modules, native_bf16
 from kernels.loading import (
     FAMILIES,
     ModelError,
+    add_older_names,
     check_config,
     check_counts,
     check_weights,
     from_hub,
     quiet,
 )
+from kernels.modular import Modular, read_chain
 from kernels.packing import Packed, default_max_tokens, micro_batches, to_host
 from kernels.sigmoid import sigmoid_in_order
 from kernels.tokenizers import check_deberta_tokenizer, check_vocabulary, load_tokenizer
@@ -52,9 +55,15 @@ class NonFiniteScores(FloatingPointError):
         self.pairs = pairs
 
 
+def mean_of_pairs(x, batch):
+    """x [tokens, hidden] -> [pairs, hidden], in fp32 at the least."""
+    # unchecked: no waiting
+    return torch.segment_reduce(wide(x), "mean", offsets=batch.cu_seqlens, axis=0, unsafe=True)
+
+
 class CrossEncoder(nn.Module):
-    """A Hugging Face ...ForSequenceClassification with one label and its fast tokenizer, run
-    packed.
+    """A Hugging Face ...ForSequenceClassification with one label, or a kernels.modular.Modular, and
+    its fast tokenizer, run packed.
 
     query_length, doc_length: tokens kept of each side (special tokens come on top). `new_weights`
     names the parameters that were not in the files loaded (a fresh head). `truncated` counts the
@@ -194,7 +203,9 @@ class CrossEncoder(nn.Module):
         model, kind = self.model, self.model.config.model_type
         device = x.device.type.replace("meta", "cpu")  # autocast knows no meta device
         with torch.autocast(device, enabled=False):
-            if kind == "modernbert":
+            if isinstance(model, Modular):
+                logits = model.head(x)
+            elif kind == "modernbert":
                 logits = model.classifier(model.drop(model.head(x)))
             elif kind == "bert":  # the heads take the first of a sequence of one
                 logits = model.classifier(model.dropout(self.body.pooler(x[:, None])))
@@ -205,7 +216,8 @@ class CrossEncoder(nn.Module):
         return logits.float().squeeze(-1)
 
     def _post_norm(self, body, batch, project, dtype):
-        """BERT, RoBERTa, ELECTRA, DeBERTa: the [CLS] rows after the last layer."""
+        """BERT, RoBERTa, ELECTRA, DeBERTa: the [CLS] rows after the last layer, or each pair's
+        mean."""
         x = body.embeddings(input_ids=batch.input_ids[None], token_type_ids=batch.token_types[None],
                             position_ids=batch.positions[None])[0]
         if hasattr(body, "embeddings_project"):
@@ -215,8 +227,9 @@ class CrossEncoder(nn.Module):
         if self.model.config.model_type == "deberta-v2":
             run, more = deberta_layer, self._distances(body.encoder, batch.max_seqlen)
         for layer in layers:
-            x = run(layer, x, batch, project, *more, rows=cls if layer is layers[-1] else None)
-        return x.wide
+            last = layer is layers[-1] and not self.mean_pooled
+            x = run(layer, x, batch, project, *more, rows=cls if last else None)
+        return mean_of_pairs(x.wide, batch) if self.mean_pooled else x.wide
 
     def _modernbert(self, body, batch, project, dtype):
         """ModernBERT: the [CLS] rows after the last layer, or each pair's mean."""
@@ -230,11 +243,7 @@ class CrossEncoder(nn.Module):
             rows = batch.cu_seqlens[:-1] if last and not self.mean_pooled else None
             x, h = modernbert_layer(layer, x, h, batch, project, ropes[layer.attention_type], norm,
                                     torch.float32 if last else None, rows)
-        if self.mean_pooled:
-            # unchecked: no waiting
-            return torch.segment_reduce(wide(h), "mean", offsets=batch.cu_seqlens, axis=0,
-                                        unsafe=True)
-        return h
+        return mean_of_pairs(h, batch) if self.mean_pooled else h
 
     @property
     def body(self):
@@ -244,7 +253,10 @@ class CrossEncoder(nn.Module):
     @property
     def mean_pooled(self) -> bool:
         """Whether the head reads the mean of all rows instead of [CLS]."""
-        return getattr(self.model.config, "classifier_pooling", "cls") == "mean"
+        if isinstance(self.model, Modular):
+            return self.model.pooling == "mean"
+        config = self.model.config
+        return config.model_type == "modernbert" and config.classifier_pooling == "mean"
 
     def _narrow(self, dtype) -> Narrow:
         """The weights of the layers' products in dtype, queries, keys and values as one."""
@@ -286,11 +298,12 @@ class CrossEncoder(nn.Module):
 
         dtype: of the weights, "float32", "bfloat16", a torch.dtype or "auto": bfloat16 where the
         device has it in hardware, float32 else. The lengths default to those the model was saved
-        with, else 32 and 256. fresh_head: a head that the files lack is drawn at random, for
-        training.
+        with, else 32 and 256. fresh_head: for training; a head that the files lack is drawn at
+        random, one in modules of sentence-transformers becomes that of the backbone's own
+        ...ForSequenceClassification.
 
         ModelError: not to be had or damaged, an unsupported backbone, weights missing or left over,
-        a head of more than one label, a wrong tokenizer.
+        a head of more than one label or one that cannot be trained, a wrong tokenizer.
         """
         name = str(name)
         if device == "auto":
@@ -307,31 +320,44 @@ class CrossEncoder(nn.Module):
                 tokenizer = load_tokenizer(name, config)
             query_length = query_length or getattr(config, "query_length", 32)
             doc_length = doc_length or getattr(config, "doc_length", 256)
+            with from_hub(name, "modules.json or a file it names: "):
+                chain = read_chain(name, config)
+            kind = chain or AutoModelForSequenceClassification
             with from_hub(name, "config.json: "):
                 with torch.device("meta"):  # what it describes, without its memory
-                    model = AutoModelForSequenceClassification.from_config(config)
+                    model = kind.from_config(config)
                 draft = cls(model.eval(), tokenizer, query_length, doc_length)
                 draft(draft.pack(*[draft.tokenize([""], 0)] * 2))
-            new_weights = check_weights(name, model, fresh_head)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, dtype=dtype)
+            draw = fresh_head and not chain  # the head of a trained re-ranker has to be there
+            new_weights = check_weights(name, model, draw, chain.steps if chain else ())
+            model = kind.from_pretrained(name, config=config, dtype=dtype)
+            if chain and fresh_head:
+                model = model.plain()
             encoder = cls(model.eval(), tokenizer, query_length, doc_length)
             encoder.new_weights = new_weights
         return encoder.to(device)
 
     def save_pretrained(self, folder) -> None:
-        """Hugging Face layout; peers get raw logits: one label, and sentence-transformers'
-        activation the identity."""
+        """Hugging Face layout. Peers get raw logits: one label, and the activation of
+        sentence-transformers and vLLM the identity. They cut pairs to the longest of ours:
+        transformers and sentence-transformers read that in the tokenizer's files,
+        text-embeddings-inference and vLLM in sentence_bert_config.json.
+
+        ModelError for a modular head that no ...ForSequenceClassification has.
+        """
         config = self.model.config
         config.query_length, config.doc_length = self.query_length, self.doc_length
         config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        add_older_names(config)
         with quiet():
             self.model.save_pretrained(folder)
         for file in Path(folder).glob("*.safetensors"):  # written for the owner alone
             shutil.copymode(Path(folder, "config.json"), file)
         longest = self.pair_length(self.query_length, self.doc_length)
-        self.tokenizer.model_max_length = min(longest, self.max_positions)  # for peers, who cut so
+        self.tokenizer.model_max_length = longest = min(longest, self.max_positions)
         self.tokenizer.save_pretrained(folder)
+        cut = json.dumps({"max_seq_length": longest, "do_lower_case": False}, indent=2)
+        Path(folder, "sentence_bert_config.json").write_text(f"{cut}\n", encoding="utf-8")
         # transformers 5 writes a class name that transformers 4 does not know for the one both know
         path = Path(folder, "tokenizer_config.json")
         text = path.read_text(encoding="utf-8")

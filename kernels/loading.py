@@ -51,8 +51,18 @@ def check_counts(name) -> None:
 def read_json(name, file) -> dict:
     """A JSON object of a model folder or hub id."""
     with from_hub(name, f"{file}: "):
+        return dict(load_json(name, file))
+
+
+def load_json(name, file):
+    """What a JSON file of a model folder or hub id holds."""
+    with from_hub(name, f"{file}: "):
         path = cached_file(name, file) or os.path.join(name, file)
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def has_file(name, file) -> bool:
+    return bool(cached_file(name, file, _raise_exceptions_for_missing_entries=False))
 
 
 def check_config(config) -> None:
@@ -78,12 +88,29 @@ def check_config(config) -> None:
             refuse("DeBERTa without relative_attention is not supported")
 
 
-def check_weights(name, model, fresh_head: bool) -> list[str]:
+def add_older_names(config) -> None:
+    """The names that a ModernBERT's config.json had before transformers 5, beside the new ones.
+
+    transformers 4 takes its defaults where they are missing, and turns Ettin's local layers by
+    another angle, without a word; text-embeddings-inference does not start.
+    """
+    if config.model_type != "modernbert":
+        return
+    ropes, kinds = config.rope_parameters, config.layer_types
+    config.global_rope_theta = ropes["full_attention"]["rope_theta"]
+    config.local_rope_theta = ropes["sliding_attention"]["rope_theta"]
+    config.global_attn_every_n_layers = [*kinds, "full_attention"].index("full_attention", 1)
+
+
+def check_weights(name, model, fresh_head: bool, folders=()) -> list[str]:
     """The weights of a model that its files lack, a fresh head's; ModelError, without taking
     memory, where files and model do not fit. model: what config.json describes, on the meta
-    device."""
+    device. folders: those of a modular head."""
     here, body = dict(model.named_parameters()), FAMILIES[model.config.model_type][0] + "."
     there = weights_of(name, body, here)
+    for folder in folders:
+        tensors = tensors_of(name, folder, map_location="meta")
+        there |= {f"head.{folder}.{weight}": tensor for weight, tensor in tensors.items()}
     missing, faults = [weight for weight in here if weight not in there], []
     for weight in missing:
         of_body = weight.startswith(body) and "pooler." not in weight
@@ -112,24 +139,30 @@ def check_weights(name, model, fresh_head: bool) -> list[str]:
 def weights_of(name, body: str, here) -> dict[str, torch.Tensor]:
     """{name of a weight: it, on the meta device} of a model's files, named as in the model. body:
     the prefix of what is no head, which the files of a body alone leave out; here: the model's."""
+    there = {}
+    for weight, tensor in tensors_of(name, map_location="meta").items():
+        # the first BERTs' names
+        weight = weight.replace(".gamma", ".weight").replace(".beta", ".bias")
+        if weight not in here and weight.startswith(OF_BODY):
+            weight = body + weight
+        there[weight] = tensor
+    return there
+
+
+def tensors_of(name, folder="", map_location="cpu") -> dict[str, torch.Tensor]:
+    """{name: tensor} of the weight files of a model, or of one of its folders."""
     formats = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                "pytorch_model.bin.index.json")
-    present = (file for file in formats
-               if cached_file(name, file, _raise_exceptions_for_missing_entries=False))
-    file = next(present, formats[0])
-    files, there = [file], {}
+    formats = [os.path.join(folder, file) for file in formats]
+    file = next((file for file in formats if has_file(name, file)), formats[0])
+    files, tensors = [file], {}
     if file.endswith(".json"):
-        files = sorted(set(dict(read_json(name, file).get("weight_map", {})).values()))
+        shards = set(dict(read_json(name, file).get("weight_map", {})).values())
+        files = sorted(os.path.join(folder, shard) for shard in shards)
     for file in files:
         with from_hub(name, f"{file}: "):
-            tensors = load_state_dict(cached_file(name, file), map_location="meta")
-            for weight, tensor in tensors.items():
-                # the first BERTs' names
-                weight = weight.replace(".gamma", ".weight").replace(".beta", ".bias")
-                if weight not in here and weight.startswith(OF_BODY):
-                    weight = body + weight
-                there[weight] = tensor
-    return there
+            tensors |= load_state_dict(cached_file(name, file), map_location=map_location)
+    return tensors
 
 
 @contextmanager

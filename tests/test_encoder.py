@@ -1,5 +1,6 @@
 """The packed encoder against Hugging Face's padded eager forward, for every architecture."""
 
+import json
 import multiprocessing
 import os
 import subprocess
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
+from kernels import layers
 from kernels.attention import DisentangledBias, dropout, dropout_from, varlen_attention
 from kernels.cpu import in_threads
 from kernels.encoder import CrossEncoder, NonFiniteScores, default_max_tokens, micro_batches
@@ -130,6 +132,59 @@ def padded_logits(encoder, queries, documents):
     batch = tokenizer([text(q) for q in queries], [text(d) for d in documents], padding=True,
                       return_tensors="pt")
     return encoder.model(**batch).logits.squeeze(-1)
+
+
+def bge(folder):
+    """A folder as BAAI/bge-reranker-v2-m3 is laid out, small, with pieces of its own."""
+    texts = Path(layers.__file__).read_text(encoding="utf-8").splitlines()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("QQ", "w")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator(texts, trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False))
+    backend.add_special_tokens([*special, "<mask>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 8192,
+                "bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>",
+                "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    shape = ROBERTA | {"max_position_embeddings": 8194, "bos_token_id": 0, "eos_token_id": 2}
+    config = hf.XLMRobertaConfig(**SMALL | {"vocab_size": backend.get_vocab_size()}, **shape)
+    torch.manual_seed(7)
+    model = hf.XLMRobertaForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return model, backend
+
+
+def test_a_re_ranker_of_bges_shape(tmp_path):
+    """XLM-RoBERTa: one token type, 8,192 positions from 2 on, two separators, SentencePiece's
+    pieces; transformers 5 alone drops the steps of its tokenizer.json."""
+    model, backend = bge(tmp_path / "m")
+    encoder = CrossEncoder.from_pretrained(tmp_path / "m", device="cpu", doc_length=2000)
+    assert encoder.max_positions == 8192 and encoder.new_weights == []
+    queries = ["packed encoder", "QQhat is it", "\ufb01ne", "w"]
+    documents = ["the  padded eager forward ", "a test " * 300, "\u4e1c\u4eac", ""]
+    sides = [encoder.tokenize(texts, None) for texts in (queries, documents)]
+    rows = [backend.encode(*pair).ids for pair in zip(queries, documents, strict=True)]
+    packed = encoder.pack(*sides)
+    assert packed.input_ids.tolist() == sum(rows, []) and not packed.token_types.any()
+    assert packed.positions[: len(rows[0])].tolist() == [*range(2, 2 + len(rows[0]))]
+    assert len(rows[1]) > 600
+    assert "".join(map(backend.id_to_token, rows[1])).startswith("<s>\u2581what\u2581is")
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [1] * (longest - len(row)) for row in rows])
+    with torch.no_grad():
+        expected = model(ids, attention_mask=(ids != 1).long()).logits.squeeze(-1)
+    assert expected.std() > 0.05, "the test would not see a wrong model"
+    torch.testing.assert_close(encoder.score(queries, documents), expected, rtol=1e-5, atol=1e-5)
 
 
 DAILY = ("bert", "roberta", "electra-projected", "modernbert-mean", "modernbert-narrow",
