@@ -22,9 +22,9 @@ a ragged share weighs what it should.
 
 To copy it: with kernels/attention.py, cpu.py and packing.py (and flash.py, where attention of yours
 goes through attention.py on a GPU); for Hugging Face's cross-encoders also with encoder.py,
-layers.py, linears.py, loading.py and tokenizers.py. Any other model will do that has pack,
-pair_length, device, model.config and a forward pass from packed pairs to fp32 logits, and draws its
-dropout as kernels.attention.dropout does.
+layers.py, linears.py, loading.py, modular.py, sigmoid.py and tokenizers.py. Any other model will do
+that has pack, pair_length, device, model.config and a forward pass from packed pairs to fp32
+logits, and draws its dropout as kernels.attention.dropout does.
 """
 
 from __future__ import annotations

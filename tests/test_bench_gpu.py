@@ -115,7 +115,9 @@ def test_one_list_in_one_pass_and_in_two(section):
 
 def test_a_section_beyond_its_time_is_ended():
     found = gpu.result_of("tests", True, 1.0)
-    assert [error["error"] for error in found["errors"]] == ["ended after its 1 s"]
+    # before it is ended it may have come to what it has no time for
+    errors = [error["error"] for error in found["errors"] if error["error"] != "no time was left"]
+    assert errors == ["ended after its 1 s"]
 
 
 def test_nothing_begins_when_the_time_is_up(section):

@@ -303,7 +303,7 @@ def test_out_of_memory_twice_is_an_error_that_names_the_budget(place, monkeypatc
 
 
 NEEDED = ["exact", "attention", "cpu", "packing", "encoder", "layers", "linears", "loading",
-          "tokenizers"]
+          "modular", "sigmoid", "tokenizers"]
 COPY = """
 import sys
 sys.path.insert(0, sys.argv[1])                 # of the toy tokenizer alone
