@@ -773,8 +773,11 @@ def close(args: argparse.Namespace, history: list, table: str) -> None:
     """The model card, written last: with it the run is finished."""
     with atomic_write(args.out / "README.md") as file:
         file.write(model_card(args.out, result_flags(args), plan(args), history, table))
-    say(f"model in {args.out}; re-rank with: python rerank.py --model {args.out} --dataset "
-        f"{args.dataset or 'DATASET'} --first-stage bm25 --out reranked.run")
+    where = f"--dataset {args.dataset or 'DATASET'} --first-stage bm25"
+    if args.eval_run:
+        where = f"--dataset {args.eval_dataset[0]} --run {args.eval_run[0]}"
+    say(f"model in {args.out}; re-rank with: python rerank.py --model {args.out} {where} --out "
+        "reranked.run")
 
 
 def main() -> int:
