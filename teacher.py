@@ -741,7 +741,8 @@ def add_cross_encoder(commands) -> None:
         "logits of one cross-encoder or the mean of several: --run or --first-stage in, TREC run "
         "out; --triples in, Hofstätter's TSV out. Members may differ in tokenizer and lengths; one "
         "after the other is loaded, and a pair that occurs twice is scored once.",
-        "model folders or hub ids", nargs="+")
+        "model folders or hub ids, in modules of sentence-transformers (ettin-reranker) too",
+        nargs="+")
     command.add_model_flags(parser)
     parser.add_argument("--triples", type=Path,
                         help="TSV: qid pos neg, or pos_score neg_score qid pos_pid neg_pid (its "
