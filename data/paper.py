@@ -93,7 +93,9 @@ def recipe(args: argparse.Namespace) -> argparse.Namespace:
     flags.setdefault("eval_every", max(steps // 40, min(steps, 100)))
     flags.setdefault("save_every", flags["eval_every"])
     flags["eval_dataset"] = validation_sets(dataset, args.eval_dataset, tiny)
-    trained_on = dataset or Path(flags["lists"]).name.partition(".")[0]
+    trained_on = dataset
+    if dataset is None:
+        trained_on = Path(flags["lists"]).name.partition(".")[0]
     flags.setdefault("out", default_folder(args, trained_on))
     if args.dtype == "auto":
         flags["dtype"] = dtype_of(args.device)

@@ -277,6 +277,7 @@ without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="a card")
 @pytest.mark.parametrize("flags, word", [
     ({"loss": "ranknet"}, "teacher"),
     ({"dataset": "no/such"}, "no/such"),
+    ({"dataset": ""}, "a BEIR folder holds"),
     ({"backbone": "no/such"}, "no/such"),
     ({"steps": 0}, "--steps"),
     ({"lists": "nowhere.run"}, "nowhere.run"),
