@@ -11,6 +11,7 @@ from torch import nn
 
 import kernels.encoder
 import rerank
+import teacher
 import train
 from data.cache import model_stamp
 from kernels.encoder import CrossEncoder
@@ -223,7 +224,8 @@ def test_other_heads_are_not_trained(tmp_path, name, pooling, head, given):
 
 
 def test_the_scripts_take_one(place, tmp_path, monkeypatch, capsys):
-    """train.py and rerank.py, and a folder trained from it scores the same with peers."""
+    """train.py, rerank.py and teacher.py, and a folder trained from it scores the same with
+    peers."""
     save(tmp_path / "m", head=HEADS["tanh"]())
     flags = {"backbone": tmp_path / "m", "out": tmp_path / "out", "steps": 2, "query-length": 8,
              "doc-length": 32, "eval-dataset": "none"}
@@ -238,6 +240,13 @@ def test_the_scripts_take_one(place, tmp_path, monkeypatch, capsys):
     expected = peers.CrossEncoder(str(tmp_path / "m"), device="cpu").predict(
         [("w7", "w7 w8"), ("w7", "w9")], activation_fn=nn.Identity())
     assert [float(lines[text]) for text in ("w7 w8", "w9")] == pytest.approx(expected, abs=2e-5)
+    lists = {"query": "w7", "pos": ["w7 w8"], "neg": ["w9"]}
+    (tmp_path / "lists.jsonl").write_text(json.dumps(lists))
+    assert run_main(monkeypatch, teacher, "cross-encoder", "--model", tmp_path / "m", "--lists",
+                    tmp_path / "lists.jsonl", "--out", tmp_path / "scored.jsonl", "--dtype",
+                    "float32") == 0
+    scored = json.loads((tmp_path / "scored.jsonl").read_text())
+    assert scored["pos_scores"] + scored["neg_scores"] == pytest.approx(expected, abs=2e-5)
     flags |= {"backbone": save(tmp_path / "mean", pooling="mean"), "out": tmp_path / "no"}
     assert run_main(monkeypatch, train, *words_of(place, **flags)) == 2
     said = capsys.readouterr().err.splitlines()
