@@ -79,7 +79,7 @@ COMMANDS = [Command(*line) if isinstance(line, tuple) else Command(line) for lin
     RERANK + "--first-stage bm25 --depth 10",
     (RERANK + "--run {first.run} --seed 2", ("rerank", "PairScorer._result", 3)),
     *[RERANK.replace("{model}", f"{{{family}}}") + "--run {first.run} --depth 5"
-      for family in ("electra", "modernbert", "deberta")],
+      for family in ("electra", "modernbert", "deberta", "modular")],
     RERANK + "--run {first.run} --depth 10 --sigmoid",
     "rerank.py --device cpu --dtype float32 --out outs --model {model} {other} --dataset {corpus} "
     "{corpus}/train --run {first.run} {teacher.run} --depth 5",
@@ -162,6 +162,7 @@ def build(world: Path) -> None:
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(config)
         CrossEncoder(model, toy.tokenizer(), 8, 32).save_pretrained(world / name)
+    build_modular(world / "modernbert", world / "modular")
 
     (world / "runs").mkdir()
     steps = {"first.run": 3, "teacher.run": 7, "runs/bm25.run": 3, "runs/bert-kl.run": 7}
@@ -193,6 +194,34 @@ def build(world: Path) -> None:
               "neg": passages[i + 2 : i + 5], "pos_scores": [2.5, 1][: 1 + i % 2],
               "neg_scores": [0, -1.5, 0.5]} for i in range(10)]  # fmt: skip
     (world / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
+
+
+def build_modular(model: Path, folder: Path) -> None:
+    """A re-ranker in modules of sentence-transformers around the encoder of a model folder."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModel
+
+    shutil.copytree(model, folder)
+    AutoModel.from_pretrained(model).save_pretrained(folder)
+    dense = {"in_features": 32, "out_features": 1, "bias": True, "module_output_name": "scores",
+             "activation_function": "torch.nn.modules.linear.Identity"}
+    steps = {"": ("Transformer", None), "1_Pooling": ("Pooling", {"pooling_mode": "mean"}),
+             "2_LayerNorm": ("LayerNorm", {"dimension": 32}), "3_Dense": ("Dense", dense)}
+    modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.x.{kind}"}
+               for i, (path, (kind, _)) in enumerate(steps.items())]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    whole = {"model_type": "CrossEncoder", "prompts": {}, "default_prompt_name": None}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(whole))
+    for path, (_, settings) in list(steps.items())[1:]:
+        (folder / path).mkdir()
+        (folder / path / "config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    ones, noise = torch.ones(32), torch.randn(1, 32)
+    save_file({"norm.weight": ones, "norm.bias": 0 * ones},
+              folder / "2_LayerNorm" / "model.safetensors")
+    save_file({"linear.weight": noise, "linear.bias": torch.zeros(1)},
+              folder / "3_Dense" / "model.safetensors")
 
 
 def leave_behind(world: Path, number: int) -> None:
