@@ -748,14 +748,16 @@ def closing_table(args: argparse.Namespace, model, validation: Validation) -> st
     tables, measures = [], ["nDCG@10", "RR@10", "AP"]
     for (name, texts, run), path in zip(sets, args.eval_run or [None] * len(sets), strict=True):
         scores = score_run(model, texts, run, args.max_tokens, progress=name)
-        row = args.out.name
+        row, chosen = args.out.name, ""
+        if path:
+            chosen = " (by these the step was chosen)"
         if collapsed(scores):
             row += " (COLLAPSED: all scores equal)"
         table = markdown_table({path.name if path else "BM25": evaluate(texts.qrels, run, measures),
                                 row: evaluate(texts.qrels, scores, measures)})
         candidates = candidates_named(path and [path], args.eval_depth)
-        tables.append(f"{name}: {len(run):,} queries, {candidates} documents and the same "
-                      f"re-ranked\n\n{table}")
+        tables.append(f"{name}: {len(run):,} queries, {candidates} and the same re-ranked"
+                      f"{chosen}\n\n{table}")
     if tables:
         print("", *tables, sep="\n", end="\n\n")
     return "\n\n".join(tables)

@@ -220,6 +220,7 @@ def test_eval_run_is_what_validation_and_the_closing_table_rerank(place, tmp_pat
         cells = " \\| +".join(rf"\*{{0,2}}{row[m]:.4f}\*{{0,2}}" for m in measures)
         assert re.search(rf"\| {name} +\| +{cells}", shown.out), (row, shown.out)
     assert f"no candidates of 1 of {len(judged)} queries" in shown.err
+    assert "the first 5 of mine.run and the same re-ranked (by these the step was" in shown.out
     card = (tmp_path / "out/README.md").read_text()
     assert "its validation on the first 5 of mine.run" in card and "| mine.run " in card
     args = json.loads((tmp_path / "out/args.json").read_text())
