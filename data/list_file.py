@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from data.cache import cached, from_cache
 from data.command import BadInput, Progress, say
+from data.packed import reading, unpacked
 from data.runs import atomic_write
 from data.texts import SURROGATE, json_object
-from data.triples import reading, unpacked
 
 SIDES = ("pos", "neg")
 HIGHEST = float(np.finfo(np.float32).max)
@@ -97,10 +97,6 @@ class ListFile:
                 texts_of[qid] = _texts(self.row(self.line_of(qid)))
             found[docid] = SURROGATE.sub("\ufffd", texts_of[qid][int(place)])
         return found
-
-    def missing(self, docids: Iterable[str], read: bool = False) -> list[str]:
-        """None of them: the lists have their texts."""
-        return []
 
     def corpus(self) -> Iterator[tuple[str, str]]:
         """(docid, text) of every document, in the order of the file."""

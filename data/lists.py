@@ -240,6 +240,9 @@ class TextLists:
         self.file, self.size, self.loss = file, list_size, loss
         self.teacher = loss in FROM_TEACHER
         self.labelled = shared or not self.teacher or loss == "marginmse"
+        if self.teacher and np.isnan(file.scores).all():
+            raise BadInput(f"{file.path}: no scores in it, but --loss {loss} learns from a "
+                           "teacher's: teacher.py cross-encoder --lists writes them into it")
         line = np.repeat(np.arange(len(file)), np.diff(file.starts))  # of each document
         self.kept = np.array(file.first)
         if max_margin is not None and self.labelled:
@@ -281,9 +284,6 @@ class TextLists:
             if (lines & ~left).any():
                 say(f"{file.path}: {(lines & ~left).sum():,} of {n:,} lists left out: {why}")
             left |= lines
-        if left.all() and "no scores" in lacks and lacks["no scores"].all():
-            raise BadInput(f"{file.path}: no scores in it, but --loss {self.loss} learns from a "
-                           "teacher's: teacher.py cross-encoder --lists writes them into it")
         if left.all():
             raise BadInput(f"{file.path}: no list can be trained on")
         self._report(relevant[~left], others[~left])

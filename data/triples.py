@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -14,7 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from data.cache import cached, from_cache
-from data.command import FULL, BadInput, Progress, say
+from data.command import BadInput, Progress, say
+from data.packed import reading, unpacked
 from data.texts import Texts
 
 BLOCK = 1 << 24  # bytes of the file that are read at a time
@@ -152,32 +152,6 @@ def _convert(path: Path, columns: int, to: Path) -> tuple[int, bool]:
                     return rows, False
                 bar.update(raw.tell() - bar.n)
     return rows, regular
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Inside, a file that cannot be read is BadInput; a full disk is not the file's fault."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as e:
-        number = getattr(e, "errno", None)
-        if number in FULL:
-            raise
-        why = " ".join(str(e).split())[:160]
-        if isinstance(e, OSError) and number is None:  # what pyarrow unpacks is damaged
-            raise BadInput(f"{path}: damaged gzip or zstd data ({why}); fetch it again") from None
-        raise BadInput(f"{path}: cannot be read ({why})") from None
-
-
-def unpacked(file: pa.NativeFile) -> pa.NativeFile:
-    """The content of an open file; gzip and zstd by what they begin with."""
-    head = file.read(4)
-    file.seek(0)
-    if head[:2] == b"\x1f\x8b":
-        return pa.CompressedInputStream(file, "gzip")
-    if head == b"\x28\xb5\x2f\xfd":
-        return pa.CompressedInputStream(file, "zstd")
-    return file
 
 
 def _check_lines(path: Path, columns: int) -> int:
