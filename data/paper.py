@@ -141,19 +141,21 @@ def lengths_of(backbone: str) -> dict:
 def validation_sets(dataset: str | None, given: list[str] | None, tiny: bool) -> list[str]:
     """The datasets of --eval-dataset, by default the dev split that belongs to the training
     data."""
-    if dataset is None:  # lists with their texts
-        dataset, given = "", given or ["none"]
-    folder = Path(dataset) if Path(dataset).is_dir() else Path(dataset).parent
-    names = given
-    if names is None and dataset.split("/")[0] == "pydocs":
-        names = ["pydocs/dev"]
-    elif names is None and dataset == PAPER["dataset"] and not tiny:
-        names = ["nanobeir"]
-    elif names is None and (folder / "qrels" / "dev.tsv").is_file():
-        names = [str(folder / "dev")]
+    names = own_validation(dataset, tiny) if given is None else given
     if names == ["nanobeir"]:
         return list(SUITES["nanobeir"]["NanoBEIR"].values())
-    return [] if names in (None, ["none"]) else names
+    return [] if names == ["none"] else names
+
+
+def own_validation(dataset: str | None, tiny: bool) -> list[str]:
+    if dataset is None:  # lists with their texts
+        return []
+    if dataset.split("/")[0] == "pydocs":
+        return ["pydocs/dev"]
+    if dataset == PAPER["dataset"] and not tiny:
+        return ["nanobeir"]
+    folder = Path(dataset) if Path(dataset).is_dir() else Path(dataset).parent
+    return [str(folder / "dev")] if (folder / "qrels" / "dev.tsv").is_file() else []
 
 
 def default_folder(args: argparse.Namespace, dataset: str) -> Path:
