@@ -400,6 +400,8 @@ def rerank(model, args: argparse.Namespace) -> None:
 def print_ranking(model, args: argparse.Namespace) -> None:
     """The lines of a text file (`-`: stdin), best first, behind their scores or as JSON."""
     query, lines = SURROGATE.sub("\ufffd", args.query), text_lines(args.file)
+    if not lines:
+        raise BadInput(f"{args.file}: no text lines to rank")
     try:
         ranking = model.rank(query, list(lines.values()), args.top, args.max_tokens, args.sigmoid)
     except FloatingPointError as e:

@@ -10,8 +10,8 @@ from pathlib import Path
 from data.command import BadInput
 from data.paper import SUITES
 from data.run_names import file_name_of, relative
-from data.runs import BOM, read_bytes, read_qrels
-from data.texts import load_qrels
+from data.runs import read_qrels
+from data.texts import load_qrels, text_lines
 
 Suite = dict[str, dict[str, str]]  # {column: {name of the run file: dataset}}
 
@@ -31,12 +31,8 @@ def read_suite(path: str) -> Suite:
     column are its mean, # begins a comment. Raises BadInput (FILE:LINE)."""
     suite: Suite = {}
     datasets: dict[str, str] = {}
-    for number, line in enumerate(read_bytes(path).removeprefix(BOM).split(b"\n"), 1):
-        where = f"{path}:{number}"
-        try:
-            text = re.sub(r"(^|\s)#.*", "", line.decode()).strip()
-        except UnicodeDecodeError as e:
-            raise BadInput(f"{where}: not UTF-8 ({e.reason}): convert the file to UTF-8") from None
+    for number, line in text_lines(path).items():
+        where, text = f"{path}:{number}", re.sub(r"(^|\s)#.*", "", line).strip()
         if not text:
             continue
         match = re.fullmatch(r"(?:([^:]*[^:\s])\s*:\s*)?([^:\s\0]+)", text)

@@ -293,8 +293,6 @@ def text_lines(file: str) -> dict[int, str]:
         except UnicodeDecodeError:
             raise BadInput(f"{file}:{number}: not UTF-8; convert the file (iconv -t UTF-8)"
                            ) from None
-    if not lines:
-        raise BadInput(f"{file}: no text lines to rank")
     return lines
 
 
