@@ -27,7 +27,6 @@ hf-monoelectra (Schlatt et al. 2025), docpairs (MS MARCO's training triples).
 
 import argparse
 import glob
-import hashlib
 import itertools
 import json
 import re
@@ -50,7 +49,7 @@ from data.chat_server import Endpoint
 from data.command import BadInput, Parser, Progress, at_least, join_processes, say
 from data.first_stages import first_stage
 from data.list_file import ListFile, carries_texts, write_scored
-from data.parts import write_in_blocks
+from data.parts import digest_of, note_of, write_in_blocks
 from data.prompts import PROMPTS, around_document, conversation, parse_permutation
 from data.published import published
 from data.runs import atomic_write, run_lines, run_tag
@@ -125,7 +124,7 @@ def closing(done: str, counts: dict[str, int], alike: Counter) -> str:
 def write_summary(out: Path, flags: dict, **values) -> None:
     """OUT.json: the flags and what was measured and counted."""
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}
-    with atomic_write(Path(f"{out}.json")) as file:
+    with atomic_write(note_of(out)) as file:
         json.dump({**values, "flags": flags}, file, indent=1)
 
 
@@ -230,8 +229,7 @@ def write_triples(out: Path, table: dict[str, dict[str, float]], triples: Triple
 
 def member_of(out: Path, number: int, plan: dict) -> Path:
     """Where the scores of one model wait for OUT to be made of them."""
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(f"{out}.scores-{number}-{digest}")
+    return Path(f"{out}.scores-{number}-{digest_of(plan)[:12]}")
 
 
 def sealed(member: Path, content: Path) -> Path:
