@@ -28,7 +28,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from bench.clock import ROOT, add_device_flag, alternate, device_of, machine
-from bench.step import batch_of, fused_adamw, positive_first, step_of
+from bench.step import batch_of, peer_step_of, positive_first, step_of
 from kernels import cpu
 from kernels.cpu import in_threads
 from kernels.encoder import CrossEncoder, default_max_tokens, micro_batches
@@ -360,41 +360,34 @@ def packed_step(encoder, draw, width: int, max_tokens=None, dtype="float32"):
 
 
 def padded_step(model, draw, width: int, dtype="float32"):
-    """Hugging Face's padded forward over parts of whole queries, accumulated to the same loss;
-    clipping, AdamW."""
-    optimizer, kind = fused_adamw(model), model.device.type
+    """Hugging Face's padded forward over parts of whole queries, accumulated to the same loss."""
+    kind = model.device.type
 
-    def step():
-        parts, total = draw(), 0.0
+    def losses():
+        parts = draw()
         n = sum(len(part["input_ids"]) for part in parts) // width
         for part in parts:
             with torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16"):
                 scores = model(**part).logits
             scores = scores.float().view(-1, width)
             first = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-            loss = F.cross_entropy(scores, first, reduction="sum") / n
-            loss.backward()
-            total = total + loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
+            yield F.cross_entropy(scores, first, reduction="sum") / n
 
-    return step
+    return peer_step_of(model, losses)
 
 
 def peer_step(peer, steps, width: int, mini_batch: int, dtype="float32"):
     """The step of sentence-transformers' trainer: its loss on its padded columns (no in-batch
-    negatives), mini_batch queries at a time, tokenised by the loss itself; clipping, AdamW."""
+    negatives), mini_batch queries at a time, tokenised by the loss itself."""
     from sentence_transformers.cross_encoder.losses import MultipleNegativesRankingLoss
 
     loss_function = MultipleNegativesRankingLoss(peer, scale=1.0, activation_fn=torch.nn.Identity())
     # the given negatives alone
     loss_function.get_in_batch_negatives = lambda anchors, candidates: iter(())
-    optimizer, texts, kind = fused_adamw(peer), itertools.cycle(steps), peer.device.type
+    texts, kind = itertools.cycle(steps), peer.device.type
 
-    def step():
-        (queries, documents), total = next(texts), 0.0
+    def losses():
+        queries, documents = next(texts)
         n = len(queries) // width
         for at in range(0, n, mini_batch):
             rows = range(at, min(at + mini_batch, n))
@@ -402,14 +395,9 @@ def peer_step(peer, steps, width: int, mini_batch: int, dtype="float32"):
             columns += [[documents[i * width + j] for i in rows] for j in range(width)]
             with torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16"):
                 loss = loss_function(columns, None) * (len(rows) / n)
-            loss.backward()
-            total = total + loss.detach()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
+            yield loss
 
-    return step
+    return peer_step_of(peer, losses)
 
 
 def without_dropout(module):

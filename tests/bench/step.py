@@ -13,6 +13,24 @@ def fused_adamw(module, lr=1e-5, weight_decay=0.0):
     return torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
 
+def peer_step_of(model, losses):
+    """The step of others: losses() yields parts of the loss, each is sent back before the next is
+    made; clipping, AdamW. step() returns their sum."""
+    optimizer = fused_adamw(model)
+
+    def step():
+        total = 0.0
+        for loss in losses():
+            loss.backward()
+            total = total + loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step
+
+
 def step_of(encoder, loss: str, dtype="float32", max_tokens=None, lr=1e-5, clip=1.0,
             weight_decay=0.0) -> Step:
     """By a loss's name. Without warm-up; the decay over 10**6 steps is nothing to the first few."""
