@@ -43,13 +43,16 @@ def quiet_imports() -> None:
 
 
 def one_malloc_arena() -> None:
-    """One malloc arena (M_ARENA_MAX, -8) for all threads of a training.
+    """One malloc arena (M_ARENA_MAX, -8) for all threads of a training, on a machine without a
+    card.
 
     The others of glibc lie in heaps of 64 MB, which hold buffers of 10 MB badly and now and then
-    fail to grow: half as much memory again. To be called before the first thread: importing
-    pyarrow starts one, and what has an arena keeps it.
+    fail to grow: half as much memory again. But threads that tokenise wait for each other there
+    (three times as long with 2 of them, ten with 16), which a card would wait for. To be called
+    before the first thread: importing pyarrow starts one, and what has an arena keeps it.
     """
-    if hasattr(ctypes.CDLL(None), "mallopt"):
+    has_card = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    if not has_card and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-8, 1)
 
 

@@ -13,9 +13,20 @@ taken back to fp32 in one go: the numbers are autocast's own, the launches a qua
 
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import GELUActivation
 
 from kernels import cpu
+
+
+def count_change(optimizer, args, kwargs) -> None:
+    """Torch's fused optimizers change weights and leave their versions as they were, by which
+    copies of weights are known to be old."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(count_change)
 
 
 def native_bf16(device) -> bool:

@@ -136,7 +136,8 @@ def test_bf16_is_no_further_from_fp32_than_autocast(name, monkeypatch, attention
 
 
 def test_copies_of_weights_are_autocasts_own_and_never_stale():
-    """Products and gradients bit for bit those of autocast, also after a weight has changed."""
+    """Products and gradients bit for bit those of autocast, also after a weight has changed, by a
+    hand or by an optimizer that does not say so."""
     torch.manual_seed(0)
     q, k, v, out = (torch.nn.Linear(24, n) for n in (24, 24, 24, 7))
     alone = torch.nn.Linear(24, 5, bias=False)
@@ -156,13 +157,21 @@ def test_copies_of_weights_are_autocasts_own_and_never_stale():
     with torch.inference_mode():  # scoring comes first: what it makes serves training
         narrow = Narrow([(q, k, v), (out,), (alone,)], torch.bfloat16)
         narrow.projector()
-    for _ in range(2):
+    optimizer, before = torch.optim.AdamW(leaves, lr=0.1, fused=True), None
+    for change in ("by hand", "by the optimizer", "none"):
         want, got = run(by_autocast), run(narrow.projector())
         assert torch.equal(want, got)
+        assert before is None or not torch.equal(want, before)
+        before = want
         for a, b in zip(*(torch.autograd.grad(y, leaves) for y in (want, got)), strict=True):
             assert b.dtype == torch.float32 and torch.equal(a, b)
-        with torch.no_grad():
-            k.weight.mul_(0.5)
+        if change == "by hand":
+            with torch.no_grad():
+                k.weight.mul_(0.5)
+        elif change == "by the optimizer":
+            for leaf in leaves:
+                leaf.grad = torch.ones_like(leaf)
+            optimizer.step()
     with torch.no_grad():
         assert torch.equal(narrow.projector()(x, alone), by_autocast(x, alone))
 
