@@ -91,6 +91,9 @@ def parse(argv=None) -> argparse.Namespace:
     go_on("--dry-run", action="store_true",
           help="print the plan: data, steps, documents, tokens; touches nothing")
     command.add_model_flags(parser)
+    add("--graphs", choices=["auto", "on", "off"], default="auto",
+        help="on CUDA, replay the passes of a step as CUDA graphs instead of launching kernel by "
+        "kernel (default auto: in bfloat16)")
     args = parser.parse_args(argv)
     refuse_contradictions(args, parser.error)
     args = recipe(args)
@@ -213,6 +216,8 @@ def result_flags(args: argparse.Namespace) -> dict:
     kept = {name: value for name, value in sorted(vars(args).items()) if name not in ways}
     if args.eval_run:
         kept["eval_run"] = [str(path) for path in args.eval_run]
+    if args.graphs == "auto":
+        del kept["graphs"]
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
@@ -589,6 +594,8 @@ def train(args: argparse.Namespace, rank: int, world: int) -> int:
         return 0
     has_gpu = args.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu else "cpu"
+    if args.graphs == "on" and not has_gpu:
+        raise BadInput("--graphs on: no CUDA device is used here; leave it out")
     with command.rank_0_first():
         texts = open_texts(args.dataset, args.lists)
         model = load_backbone(args.backbone, texts, args.device, args.query_length,
@@ -637,10 +644,14 @@ def exact_step(args: argparse.Namespace, model, optimizer, rank: int, world: int
     """kernels.step.Step of these flags: the loss, its exact gradient, the optimizer."""
     from kernels import losses
     from kernels.exact import ListGradient
+    from kernels.graphs import Graphs
     from kernels.step import Step
 
+    wanted = {"on": True, "off": False, "auto": args.dtype == "bfloat16"}[args.graphs]
+    on_card = model.device.type == "cuda"
+    graphs = Graphs(model, args.dtype, warn=say) if on_card and wanted else None
     gradient = ListGradient(model, getattr(losses, args.loss), seed=args.seed, dtype=args.dtype,
-                            max_tokens=args.max_tokens, rank=rank, world=world,
+                            max_tokens=args.max_tokens, rank=rank, world=world, graphs=graphs,
                             reserve=0 if optimizer.state else 2)  # AdamW's two moments
     return Step(gradient, optimizer, lr=args.lr, warmup=args.warmup, steps=args.steps,
                 clip=args.clip, warn=say)
@@ -662,10 +673,13 @@ def explained(out: Path):
     """Inside, what ends a training says in one line what is kept and what to try."""
     import torch
 
+    from kernels.graphs import CaptureError
     from kernels.step import NonFiniteStep
 
     try:
         yield
+    except CaptureError as e:
+        raise BadInput(f"{e}; {checkpoint_kept(out)}. Go on with --graphs off") from e
     except NonFiniteStep as e:
         raise BadInput(f"{e}. Training stopped, {checkpoint_kept(out)}. Try a lower --lr, more "
                        "--warmup or --dtype float32") from e

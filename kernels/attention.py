@@ -43,26 +43,38 @@ def on_gpu(device) -> bool:
 
 
 @contextmanager
-def dropout_from(seed: int, device):
+def dropout_from(seed: int | torch.Tensor, device):
     """Dropout inside follows from `seed`, a 63-bit integer.
 
     On CUDA torch's generator of the device is seeded, and kernels that draw by themselves get the
     seed and a number of their own (`next_draw`). On a CPU by a generator of the calling thread, as
     torch's is one for all threads and micro-batches run side by side.
+
+    A pass that is captured to be replayed takes int64 [1] on the device instead, which holds the
+    seed when it is replayed; `seed_generator` comes before each replay.
     """
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].manual_seed(seed)
-    elif on_gpu(device):
-        torch.manual_seed(seed)
+    if isinstance(seed, torch.Tensor):
+        _of_thread.seed = seed
     else:
-        _of_thread.numbers = cpu.dropout_numbers(seed)
-    _of_thread.seed = torch.full((1,), seed, dtype=torch.int64, device=device)
+        if on_gpu(device):
+            seed_generator(seed, device)
+        else:
+            _of_thread.numbers = cpu.dropout_numbers(seed)
+        _of_thread.seed = torch.full((1,), seed, dtype=torch.int64, device=device)
     _of_thread.site = 0
     try:
         yield
     finally:
         _of_thread.numbers = _of_thread.seed = None
+
+
+def seed_generator(seed: int, device) -> None:
+    """torch's generator of the device as `seed` makes it."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def next_draw(device):

@@ -192,7 +192,7 @@ class CrossEncoder(nn.Module):
         if on_gpu(self.device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):  # the copies of the weights have its casts
-                return self._logits(batch, self._narrow(dtype).projector(), dtype)
+                return self._logits(batch, self.narrow(dtype).projector(), dtype)
         scores = not self.training and not torch.is_grad_enabled()
         return self._logits(batch, self._joined if scores else by_modules)
 
@@ -258,7 +258,16 @@ class CrossEncoder(nn.Module):
         config = self.model.config
         return config.model_type == "modernbert" and config.classifier_pooling == "mean"
 
-    def _narrow(self, dtype) -> Narrow:
+    @property
+    def fixed_launches(self) -> bool:
+        """Whether a GPU does the same for all batches of as many tokens and pairs; a last layer
+        that looks at a window from [CLS] alone crops the pairs, each by its length."""
+        config = self.model.config
+        if config.model_type != "modernbert" or self.mean_pooled:
+            return True
+        return config.layer_types[-1] == "full_attention"
+
+    def narrow(self, dtype) -> Narrow:
         """The weights of the layers' products in dtype, queries, keys and values as one."""
         place = dtype, self.device
         if self._narrowed is None or self._narrowed[0] != place:

@@ -54,15 +54,18 @@ class ListGradient:
         rank, world: this process and how many there are, of torch's process group.
         reserve: numbers (4 bytes) for every parameter that the card must have room for beside its
             gradient: 2 where AdamW has no moments yet.
+        graphs: kernels.graphs.Graphs of the model, of the same dtype: steps of one micro-batch are
+            replayed. None: every step is launched kernel by kernel.
 
     Attributes: max_tokens; keep (tokens of a step that goes in one pass; on a GPU None until the
     first step, which measures the memory that is free); parameters.
     """
 
     def __init__(self, model, loss: Callable, *, seed: int, dtype: str = "float32",
-                 max_tokens: int | None = None, rank: int = 0, world: int = 1, reserve: int = 0):
+                 max_tokens: int | None = None, rank: int = 0, world: int = 1, reserve: int = 0,
+                 graphs=None):
         self.model, self.loss, self.seed, self.dtype = model, loss, seed, dtype
-        self.rank, self.world, self.reserve = rank, world, reserve
+        self.rank, self.world, self.reserve, self.graphs = rank, world, reserve, graphs
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.flat = None  # every gradient in one buffer, where ranks or threads add theirs up
         self.on_gpu = on_gpu(model.device)
@@ -104,6 +107,7 @@ class ListGradient:
         if self.keep is None:
             self.keep = max(self._room(), self.max_tokens)
         one_pass = len(parts) <= 1 or sum(tokens) <= self.keep
+        graphs = self.graphs if len(parts) == 1 else None
         order = [i for part in parts for i in part]
         on_host = place[order], targets, lengths
         place, targets, lengths = to_device(device, *map(torch.as_tensor, on_host))
@@ -112,6 +116,8 @@ class ListGradient:
             packed = self.model.pack([queries[i] for i in parts[m]],
                                      [documents[i] for i in parts[m]])
             seed = seed_of(self.seed, step, self.rank, m)
+            if graphs:
+                return graphs.scores(packed, seed)
             cast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
             with torch.set_grad_enabled(graph), dropout_from(seed, device), cast:
                 return self.model(packed)
@@ -123,6 +129,8 @@ class ListGradient:
         def gradient_of(m):
             out = outs[m] if one_pass else scores_of(m, graph=True)
             outs[m] = None
+            if graphs:
+                return graphs.gradients(out, slopes[m])
             return torch.autograd.grad(out, self.parameters, slopes[m], allow_unused=True)
 
         self._agreed(lambda: self._add_up(self.each(gradient_of, range(len(parts)))))
@@ -131,9 +139,11 @@ class ListGradient:
         return loss
 
     def halve(self) -> None:
-        """Half as many tokens a micro-batch, and two passes beyond that many."""
+        """Half as many tokens a micro-batch, two passes beyond that many, and no graphs."""
         self.max_tokens //= 2
         self.keep = self.max_tokens
+        if self.graphs:
+            self.graphs.close()
 
     def _on_lists(self, outs, place, targets, lengths):
         """(loss, [d loss / d scores of each micro-batch]), computed on the whole lists."""

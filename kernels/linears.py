@@ -11,6 +11,8 @@ bf16 copies of the fp32 weights, made once a step instead of at every use, with 
 taken back to fp32 in one go: the numbers are autocast's own, the launches a quarter.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -117,7 +119,7 @@ class Narrow:
     """
 
     def __init__(self, groups, dtype):
-        self.dtype, self.version = dtype, None
+        self.dtype, self.version, self.into = dtype, None, None
         self.sources, self.copies, self.parts, self.sizes = [], [], [], []
         # linear -> (weight and bias of its group, by number of copy; sizes), its place
         self.place = {}
@@ -170,16 +172,28 @@ class Narrow:
 
         return project
 
+    @contextmanager
+    def writing_to(self, into):
+        """Inside, gradients of the sources are written to these tensors, {source: fp32}."""
+        self.into = into
+        try:
+            yield
+        finally:
+            self.into = None
+
     def widened(self, gradients):
-        """Gradients of the copies (None where unused) -> of the sources, fp32, slices of one
-        buffer."""
+        """Gradients of the copies (None where unused) -> of the sources, fp32, slices of one buffer
+        or where `writing_to` says."""
         parts = []
         for sizes, gradient in zip(self.sizes, gradients, strict=True):
             parts += [None] * len(sizes) if gradient is None else gradient.split(sizes)
         used = [i for i, part in enumerate(parts) if part is not None]
-        wide = torch.empty(sum(parts[i].numel() for i in used), device=self.copies[0].device)
-        slices = wide.split([parts[i].numel() for i in used])
-        outs = [s.view_as(self.sources[i]) for s, i in zip(slices, used, strict=True)]
+        if self.into is None:
+            wide = torch.empty(sum(parts[i].numel() for i in used), device=self.copies[0].device)
+            slices = wide.split([parts[i].numel() for i in used])
+            outs = [s.view_as(self.sources[i]) for s, i in zip(slices, used, strict=True)]
+        else:
+            outs = [self.into[self.sources[i]] for i in used]
         torch._foreach_copy_(outs, [parts[i] for i in used])
         found = dict(zip(used, outs, strict=True))
         return [found.get(i) for i in range(len(parts))]

@@ -1,7 +1,7 @@
 """Batches of pairs without padding, cut into micro-batches; their way to the device and back."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,18 +25,24 @@ class Packed:
     def max_seqlen(self) -> int:
         return max(self.lengths)
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.cu_seqlens, self.input_ids, self.token_types, self.positions]
+
+    def holding(self, tensors: list[torch.Tensor]) -> "Packed":
+        """The same batch with these in place of its `tensors`."""
+        cu_seqlens, *rows = tensors
+        return Packed(*rows, cu_seqlens, self.lengths)
+
     def to(self, device) -> "Packed":
         device = torch.device(device)
         if device == self.input_ids.device:
             return self
-        names = ("cu_seqlens", "input_ids", "token_types", "positions")
-        tensors = [getattr(self, name) for name in names]
+        tensors = self.tensors()
         if device.type == "cuda":
             together, places = one_buffer(tensors)
             (there,) = to_device(device, together)
             tensors = [there[place] for place in places]
-        moved = [tensor.to(device) for tensor in tensors]
-        return replace(self, **dict(zip(names, moved, strict=True)))
+        return self.holding([tensor.to(device) for tensor in tensors])
 
 
 def one_buffer(tensors) -> tuple[torch.Tensor, list[slice]]:

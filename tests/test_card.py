@@ -9,6 +9,7 @@ import torch
 
 from bench.step import batch_of, positive_first, step_of
 from kernels.attention import dropout_from
+from kernels.graphs import Graphs
 from kernels.step import NonFiniteStep
 from test_encoder import SIDES, build, padded_logits, random_sides
 
@@ -78,9 +79,12 @@ def step_and_batch(loss="infonce"):
     return step_of(encoder, loss, "bfloat16", lr=1e-3), batch
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("loss", ["infonce", "ranknet"])
-def test_nothing_in_a_step_waits_for_the_card(loss):
+def test_nothing_in_a_step_waits_for_the_card(loss, graphs):
     step, batch = step_and_batch(loss)
+    if graphs:
+        step.gradient.graphs = Graphs(step.gradient.model, "bfloat16", warn=pytest.fail)
     for k in range(3):  # kernels are compiled, AdamW's state and the tables made
         step(k, batch)
     step.flush()
@@ -89,6 +93,7 @@ def test_nothing_in_a_step_waits_for_the_card(loss):
         step(3, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not graphs or step.gradient.graphs.replayed
     assert all(math.isfinite(x) for pair in step.flush() for x in pair)
 
 
@@ -104,3 +109,65 @@ def test_the_card_itself_leaves_the_weights_where_a_loss_is_not_finite():
     with pytest.raises(NonFiniteStep, match="step 2: .*queries q0, q1"):
         step(2, batch)
     assert all(map(torch.equal, before, gradient.parameters))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "modernbert-last-local"])
+def test_a_replayed_pass_is_one_that_runs(name, dropout):
+    """Scores bit for bit, dropout too; gradients to the rounding of bf16, as sums by atomics differ
+    between any two runs."""
+    encoder = build(name, dropout).cuda().train()
+    runs, replays = (Graphs(encoder, "bfloat16", warn=pytest.fail) for _ in range(2))
+    runs.captures = False
+    kept = []
+    for k, seed in enumerate((1, 2, 3, 3, 1, 2)):
+        packed = encoder.pack(*random_sides([(3, 5 + i) for i in range(6 + 16 * (k % 2))]))
+        slopes = torch.randn(len(packed.lengths), device="cuda")
+        found = []
+        for graphs in (runs, replays):
+            scores = graphs.scores(packed, seed)
+            gradients = graphs.gradients(scores, slopes)
+            flat = torch.cat([g.flatten() for g in gradients if g is not None])
+            found.append((scores.detach().clone(), flat))
+        (scores, gradient), (replayed, of_replay) = found
+        assert torch.equal(scores, replayed)
+        assert (gradient - of_replay).norm() <= 1e-3 * gradient.norm()
+        kept.append(scores)
+    assert len(replays.kept) == 2 and not runs.kept
+    assert torch.equal(kept[0], kept[4]) and not (dropout and torch.equal(kept[0], kept[2]))
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert-mean", "deberta"])
+def test_steps_by_graphs_end_where_others_do(name):
+    """Two hundred steps on the same eight batches: the loss falls to the same."""
+    ends = []
+    for captures in (True, False):
+        encoder = build(name, dropout=0.1).cuda().train()
+        step = step_of(encoder, "infonce", "bfloat16", lr=1e-3)
+        step.gradient.graphs = Graphs(encoder, "bfloat16", warn=pytest.fail)
+        step.gradient.graphs.captures = captures
+        batches = [batch_of(*random_sides([(3, 5 + i) for i in range(16)], seed),
+                            positive_first(2, 8)) for seed in range(8)]
+        figures = [pair for k in range(200) for pair in step(k, batches[k % 8])] + step.flush()
+        losses = [loss for loss, _ in figures]
+        ends.append((sum(losses[:8]) / 8, sum(losses[-24:]) / 24))
+    (first, last), (first_run, last_run) = ends
+    assert first == pytest.approx(first_run, rel=0.02)
+    assert last < first / 2 and abs(last - last_run) < 0.1 * first, ends
+
+
+def test_masks_of_replays_keep_what_they_should():
+    """Of dropout 0.25 over the scores' last layer nothing is seen, so: means over 400 seeds of what
+    a captured pass gives are those of passes that run."""
+    encoder = build("bert", dropout=0.25).cuda().train()
+    runs, replays = (Graphs(encoder, "bfloat16", warn=pytest.fail) for _ in range(2))
+    runs.captures = False
+    packed = encoder.pack(*random_sides([(3, 5 + i) for i in range(6)]))
+    found = torch.stack([torch.stack([graphs.scores(packed, seed).detach().clone()
+                                      for graphs in (runs, replays)])
+                         for seed in (1, 1, *range(400))])[2:]  # [seeds, 2, pairs]
+    other = torch.stack([replays.scores(packed, seed).clone() for seed in range(400, 800)])
+    spread = other.std(0) * (2 / 400) ** 0.5
+    assert torch.equal(found[:, 0], found[:, 1])
+    assert ((found[:, 1].mean(0) - other.mean(0)).abs() < 4.5 * spread).all()
+    assert len(found[:, 1, 0].unique()) > 350

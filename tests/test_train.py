@@ -307,6 +307,7 @@ without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="a card")
     ({"out": "TRIPLES"}, "a file"),
     ({"eval-dataset": "UNJUDGED"}, "no relevance judgments"),
     pytest.param({"device": "cuda"}, "--device", marks=without_card),
+    pytest.param({"graphs": "on"}, "--graphs on", marks=without_card),
 ])
 def test_bad_input(place, tmp_path, capsys, monkeypatch, flags, word):
     bare = tmp_path / "bare"

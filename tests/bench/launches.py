@@ -211,7 +211,7 @@ def counted(run) -> Launches:
 def kept_bytes(encoder, packed) -> float:
     """Bytes a token that a forward pass in bf16 keeps, weights and their copies left out."""
     kept = {}
-    copies = encoder._narrow(torch.bfloat16).copies
+    copies = encoder.narrow(torch.bfloat16).copies
     weights = {t.untyped_storage()._cdata for t in (*encoder.parameters(), *copies)}
 
     def pack(tensor):

@@ -1,0 +1,226 @@
+"""A step's passes as CUDA graphs: captured once for batches of a size, then replayed.
+
+The paper's recipes score 32 or 64 pairs a step: a few milliseconds of a card, but hundreds of
+kernels, and to launch them takes the host several times as long. A captured pass is one launch.
+
+A graph is of one shape. So batches are padded to `size_of`: T tokens, a multiple of 256, and S
+pairs, one more than a multiple of 16. The tail is pairs of one token, the last one of all that are
+left: no pair and no row is empty, each pair attends to itself alone, and no gradient comes from
+pairs whose scores nobody reads.
+
+A size is run the first time, captured the second and replayed from then on. It is padded the first
+time too: whether a pass is replayed changes no bit of it (but for what no two runs share, see
+kernels.attention). All graphs have one pool of memory, as no two run at once, and one set of
+gradients.
+
+    graphs = Graphs(encoder, dtype="bfloat16")
+    gradient = ListGradient(encoder, losses.infonce, seed=1, dtype="bfloat16", graphs=graphs)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kernels.attention import dropout_from, seed_generator
+from kernels.packing import Packed, kept_bytes, one_buffer
+
+TOKENS, PAIRS = 256, 16  # steps of the sizes
+MOST = 24  # sizes whose graphs are kept
+
+
+class CaptureError(RuntimeError):
+    """A pass does what a graph cannot hold, as waiting for the card."""
+
+
+class Size(NamedTuple):
+    """Of a batch: tokens and pairs, the tail included."""
+
+    tokens: int
+    pairs: int
+
+
+def size_of(packed: Packed) -> Size:
+    """The least size that holds the batch and a tail of at least one pair."""
+    count = len(packed.lengths)
+    pairs = -(-count // PAIRS) * PAIRS + 1
+    tokens = sum(packed.lengths) + pairs - count
+    return Size(-(-tokens // TOKENS) * TOKENS, pairs)
+
+
+def padded(packed: Packed, size: Size) -> Packed:
+    """The batch, on the host, with its tail of [CLS] tokens at the first position."""
+    count, used = len(packed.lengths), sum(packed.lengths)
+    tail = [1] * (size.pairs - count)
+    tail[-1] = size.tokens - used - len(tail) + 1
+
+    def filled(tensor):
+        return F.pad(tensor, (0, size.tokens - used), value=int(tensor[0]))
+
+    ends = used + torch.tensor(tail, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Packed(filled(packed.input_ids), filled(packed.token_types), filled(packed.positions),
+                  torch.cat([packed.cu_seqlens, ends]), packed.lengths + tail)
+
+
+def captured(run: Callable[[], None], pool) -> torch.cuda.CUDAGraph:
+    """What run() launches, as a graph. Other threads of the process may go on meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run()
+    return graph
+
+
+class Passes(NamedTuple):
+    """The graphs of one size, what they read and what they write."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    inputs: torch.Tensor  # int32, as one_buffer lays them out
+    scores: torch.Tensor  # fp32 [S]
+    slopes: torch.Tensor  # fp32 [S], d loss / d scores
+
+
+class Graphs:
+    """Scores of batches and the gradients of the parameters; see above.
+
+    Args:
+        model: kernels.encoder.CrossEncoder on a GPU, in train(); its weights stay where they are.
+        dtype: "float32" or "bfloat16" (autocast) of the products.
+        warn: is told why nothing is captured or replayed any more.
+    """
+
+    def __init__(self, model, dtype: str, warn: Callable[[str], None] = print) -> None:
+        self.model, self.dtype, self.warn = model, dtype, warn
+        self.device = model.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.narrow = model.narrow(torch.bfloat16) if dtype == "bfloat16" else None
+        self.longest = max(model.pair_length(model.query_length, model.doc_length), TOKENS)
+        self.captures = model.fixed_launches
+        self.uses: Counter[Size] = Counter()
+        self.kept: dict[Size, Passes] = {}
+        self.replayed: Passes | None = None  # by the last `scores`
+        self.seed = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.pool = self.totals = None  # of the gradients; both from the first capture on
+
+    def scores(self, packed: Packed, seed: int) -> torch.Tensor:
+        """fp32 [pairs] of a batch on the host, its dropout from `seed`; `gradients` comes next."""
+        self.replayed = None
+        if max(packed.lengths) > self.longest:  # beyond the model's own lengths of texts
+            return self._run(packed, seed)
+        size, count = size_of(packed), len(packed.lengths)
+        batch = padded(packed, size)
+        self.uses[size] += 1
+        if size not in self.kept and self._worth(size):
+            self._capture(batch, size)
+        if size not in self.kept:
+            return self._run(batch, seed)[:count]
+        self.replayed = passes = self.kept[size]
+        (host, _), pinned = one_buffer(batch.tensors()), self.device.type == "cuda"
+        passes.inputs.copy_(host.pin_memory() if pinned else host, non_blocking=True)
+        seed_generator(seed, self.device)
+        self.seed.fill_(seed)
+        self._refresh()
+        passes.forward.replay()
+        return passes.scores[:count]
+
+    def gradients(self, scores: torch.Tensor, slopes: torch.Tensor) -> list[torch.Tensor | None]:
+        """d loss / d parameters from d loss / d scores [pairs] of the last `scores`; None where a
+        parameter is not used. What a replay gives holds until the next one."""
+        passes = self.replayed
+        if passes is None:
+            return torch.autograd.grad(scores, self.parameters, slopes, allow_unused=True)
+        passes.slopes.zero_()
+        passes.slopes[: len(slopes)].copy_(slopes)
+        passes.backward.replay()
+        return self.totals
+
+    def close(self) -> None:
+        """Gives the memory back; from here on every batch runs."""
+        self.captures = False
+        self.kept.clear()
+        self.pool = self.totals = self.replayed = None
+
+    def _run(self, batch: Packed, seed: int | torch.Tensor) -> torch.Tensor:
+        """The forward pass with autograd's graph."""
+        bf16 = self.dtype == "bfloat16"
+        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        with torch.enable_grad(), dropout_from(seed, self.device), cast:
+            return self.model(batch)
+
+    def _refresh(self) -> None:
+        """What a replay reads in place of the weights, as they are now."""
+        if self.narrow:
+            self.narrow.refresh()
+
+    def _worth(self, size: Size) -> bool:
+        """Whether to capture: it was seen before, and where there is no room more often than the
+        least used, which goes."""
+        if not self.captures or self.uses[size] < 2:
+            return False
+        if len(self.kept) >= MOST:
+            least = min(self.kept, key=self.uses.__getitem__)
+            if self.uses[least] >= self.uses[size]:
+                return False
+            del self.kept[least]
+        return True
+
+    def _capture(self, batch: Packed, size: Size) -> None:
+        """Keeps the passes of batches like this one; without the memory for them no size from here
+        on. CaptureError where a pass cannot be captured, after which this process may be of no
+        use."""
+        first = self.pool is None
+        if first:
+            self.pool = torch.cuda.graph_pool_handle()
+            self.totals = [torch.empty_like(p) for p in self.parameters]
+        host, places = one_buffer(batch.tensors())
+        inputs = host.to(self.device)
+        # what the host may know of all batches to come: the longest length that there can be
+        lengths = [self.longest] * size.pairs
+        batch = replace(batch.holding([inputs[place] for place in places]), lengths=lengths)
+        scores, slopes = torch.zeros(2, size.pairs, device=self.device)
+        under_way = []
+
+        def forward():
+            if first:
+                self._reserve(size)
+            under_way.append(self._run(batch, self.seed))
+            scores.copy_(under_way[0].detach())
+
+        def backward():
+            self._write_gradients(under_way.pop(), slopes)
+
+        self._refresh()
+        try:
+            passes = captured(forward, self.pool), captured(backward, self.pool)
+        except torch.OutOfMemoryError:
+            self.close()
+            self.warn("no memory for CUDA graphs: every step is launched kernel by kernel")
+            return
+        except RuntimeError as e:
+            raise CaptureError(f"a step cannot be captured as CUDA graphs: {e}") from e
+        self.kept[size] = Passes(*passes, inputs, scores, slopes)
+
+    def _reserve(self, size: Size) -> None:
+        """Takes what the largest of the usual sizes will need at once and lets it go: in pieces of
+        the first size the pool would hold larger sizes badly."""
+        numbers = sum(p.numel() for p in self.parameters)
+        per_token = kept_bytes(self.model.model.config, getattr(torch, self.dtype))
+        room = int(1.15 * size.tokens) * per_token + 4 * numbers
+        torch.empty(room, dtype=torch.uint8, device=self.device)
+
+    def _write_gradients(self, scores: torch.Tensor, slopes: torch.Tensor) -> None:
+        """The gradients into `totals`: of the joined weights directly, the others as copies."""
+        into = dict(zip(self.parameters, self.totals, strict=True))
+        with self.narrow.writing_to(into) if self.narrow else nullcontext():
+            found = torch.autograd.grad(scores, self.parameters, slopes, allow_unused=True)
+        self.totals = [None if g is None else total
+                       for g, total in zip(found, into.values(), strict=True)]
+        apart = [(total, g) for total, g in zip(self.totals, found, strict=True)
+                 if g is not None and g.data_ptr() != total.data_ptr()]
+        torch._foreach_copy_(*map(list, zip(*apart, strict=True)))
