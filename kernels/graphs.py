@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import dropout_from, seed_generator
-from kernels.packing import Packed, kept_bytes, one_buffer
+from kernels.packing import Packed, kept_bytes, one_buffer, to_device
 
 TOKENS, PAIRS = 256, 16  # steps of the sizes
 MOST = 24  # sizes whose graphs are kept
@@ -101,7 +101,7 @@ class Graphs:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.narrow = model.narrow(torch.bfloat16) if dtype == "bfloat16" else None
         self.longest = max(model.pair_length(model.query_length, model.doc_length), TOKENS)
-        self.captures = model.fixed_launches
+        self.pads = self.captures = model.fixed_launches
         self.uses: Counter[Size] = Counter()
         self.kept: dict[Size, Passes] = {}
         self.replayed: Passes | None = None  # by the last `scores`
@@ -111,18 +111,22 @@ class Graphs:
     def scores(self, packed: Packed, seed: int) -> torch.Tensor:
         """fp32 [pairs] of a batch on the host, its dropout from `seed`; `gradients` comes next."""
         self.replayed = None
-        if max(packed.lengths) > self.longest:  # beyond the model's own lengths of texts
+        if not self.pads or max(packed.lengths) > self.longest:  # texts beyond the model's lengths
             return self._run(packed, seed)
         size, count = size_of(packed), len(packed.lengths)
         batch = padded(packed, size)
+        host, places = one_buffer(batch.tensors())
+        (inputs,) = to_device(self.device, host)
+        # all that the host may know of batches of a size: the longest length that there can be
+        batch = replace(batch.holding([inputs[place] for place in places]),
+                        lengths=[self.longest] * size.pairs)
         self.uses[size] += 1
         if size not in self.kept and self._worth(size):
-            self._capture(batch, size)
+            self._capture(size, inputs, batch)
         if size not in self.kept:
             return self._run(batch, seed)[:count]
         self.replayed = passes = self.kept[size]
-        (host, _), pinned = one_buffer(batch.tensors()), self.device.type == "cuda"
-        passes.inputs.copy_(host.pin_memory() if pinned else host, non_blocking=True)
+        passes.inputs.copy_(inputs)
         seed_generator(seed, self.device)
         self.seed.fill_(seed)
         self._refresh()
@@ -170,19 +174,14 @@ class Graphs:
             del self.kept[least]
         return True
 
-    def _capture(self, batch: Packed, size: Size) -> None:
-        """Keeps the passes of batches like this one; without the memory for them no size from here
-        on. CaptureError where a pass cannot be captured, after which this process may be of no
-        use."""
+    def _capture(self, size: Size, inputs: torch.Tensor, batch: Packed) -> None:
+        """Keeps the passes of a size, which read the batch that lies in `inputs`; without the
+        memory for them no size from here on. CaptureError where a pass cannot be captured, after
+        which this process may be of no use."""
         first = self.pool is None
         if first:
             self.pool = torch.cuda.graph_pool_handle()
             self.totals = [torch.empty_like(p) for p in self.parameters]
-        host, places = one_buffer(batch.tensors())
-        inputs = host.to(self.device)
-        # what the host may know of all batches to come: the longest length that there can be
-        lengths = [self.longest] * size.pairs
-        batch = replace(batch.holding([inputs[place] for place in places]), lengths=lengths)
         scores, slopes = torch.zeros(2, size.pairs, device=self.device)
         under_way = []
 

@@ -187,9 +187,15 @@ def test_pairs_beyond_the_models_own_lengths_run_as_they_are(on_a_card):
     assert len(scores) == len(SIDES) and not own.kept and not own.uses
 
 
-def test_a_last_layer_that_crops_is_never_captured():
+def test_a_last_layer_that_crops_runs_as_it_is(on_a_card):
     names = [name for name in ARCHITECTURES if not build(name).fixed_launches]
     assert names == ["modernbert-last-local", "modernbert-narrow"]
+    encoder = build(names[0]).train()
+    own, packed = Graphs(encoder, "float32"), encoder.pack(*random_sides(SIDES))
+    for _ in range(3):
+        scores = own.scores(packed, 1)
+    torch.testing.assert_close(scores, encoder(packed), rtol=1e-5, atol=1e-5)
+    assert not own.kept
 
 
 def test_halving_gives_the_memory_back(on_a_card):
