@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from bench import clock, gpu, losses, shapes, values
+from bench import clock, gpu, losses, shapes, step, values
 from bench.section import Section, card_totals
 from kernels import roofline
 
@@ -83,26 +84,180 @@ def test_sections_are_written_down_and_a_fault_costs_its_own_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_step_of_every_side(section, tmp_path):
+def test_a_training_step_of_every_side(section):
     """All begin with the same loss, dropout apart."""
-    shapes.train(section, "MiniLM-L12", 16, str(tmp_path))
-    rows = json.loads(section.into.read_text())["tables"]["Training step"]
-    sides = ["ours", "ours, attention by Triton", "ours, from text", "Hugging Face padded"]
-    assert [row["side"] for row in rows[:4]] == sides and "sentence-transf" in rows[4]["side"]
+    from sentence_transformers import CrossEncoder as Peer
+
+    shapes.train(section, "MiniLM-L12")
+    shapes.train_beside(section, "MiniLM-L12", Peer)
+    alone, beside = json.loads(section.into.read_text())["tables"].values()
+    rows = alone + beside
+    assert [row["side"].split(", 2")[0].split(", 1")[0] for row in rows] == [
+        "ours", "ours, attention by Triton", "Hugging Face padded",
+        "ours", "ours, from text", "sentence-transformers"]  # fmt: skip
     assert all(abs(row["first loss"] - rows[0]["first loss"]) < 0.05 for row in rows)
     assert all(row["ms"] > 0 and row["MFU"] > 0 for row in rows) and not section.found["errors"]
 
 
-def test_scoring_and_a_side_that_is_absent(section, tmp_path, monkeypatch):
+def test_scoring_where_sentence_transformers_is_absent(section, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    texts = shapes.scoring.random_pairs(12)
-    shapes.score_by(section, "ModernBERT-base", texts, str(tmp_path))
+    monkeypatch.setattr(shapes, "DOCUMENTS", {"ModernBERT-base": 16})
+    shapes.score(section)
     rows = section.found["tables"]["Scoring"]
-    sides = [row["side"].split(",")[0] for row in rows]
-    assert sides == ["ours", "ours", "Hugging Face padded", "ours"]
+    assert [row["side"].split(",")[0] for row in rows] == ["ours", "ours", "Hugging Face padded"]
     assert all(row["differs from ours by"] < 1e-5 and row["pairs/s"] > 0 for row in rows)
-    errors = section.found["errors"]
-    assert errors and all("sentence_transformers" in error["error"] for error in errors)
+    (error,) = section.found["errors"]
+    assert error["what"] == "sentence-transformers" and "sentence_transformers" in error["error"]
+
+
+@pytest.mark.slow
+def test_scoring_from_text(section):
+    from sentence_transformers import CrossEncoder as Peer
+
+    shapes.score_texts(section, "BERT-base", shapes.scoring.random_pairs(12), Peer)
+    ours, peer = section.found["tables"]["Scoring from text"]
+    assert ours["side"] == "ours, from text" and "sentence-transformers, " in peer["side"]
+    assert ours["differs from ours by"] == 0 < peer["differs from ours by"] < 1e-5
+    assert ours["pairs"] == 12 and not section.found["errors"]
+
+
+def test_a_step_by_graphs_is_made_and_seen_three_times_with_its_attention(section, monkeypatch):
+    """Before it is timed; all of it by the attention that is asked for."""
+    asked, seen = [], []
+
+    def gradient(*_, graphs=None, **__):
+        asked.append(graphs is not None)
+        return SimpleNamespace(on_gpu=False)
+
+    monkeypatch.setattr(step, "ListGradient", gradient)
+    monkeypatch.setattr(step, "fused_adamw", lambda *_: None)
+    monkeypatch.setattr(step.Step, "flush", lambda self: [(0.5, 1.0)])
+    monkeypatch.setattr(step.Step, "__call__",
+                        lambda *_: seen.append(os.environ.get("ATTENTION")) or [])  # fmt: skip
+    given = shapes.Training(section, "MiniLM-L12")
+    given.ours()
+    assert asked == [False] and not seen  # on a CPU
+    (make,) = shapes.attention_by_triton("BERT", lambda: given.ours(graphs=True)).values()
+    run = make()
+    assert asked == [False, True] and seen == ["triton"] * 3 * given.count
+    assert run() == 0.5 and seen.pop() == "triton" and os.environ.get("ATTENTION") is None
+
+
+def test_where_the_time_of_the_host_goes(section):
+    calls = []
+
+    def one():
+        calls.append(sum(range(100_000)))
+
+    shapes.note_host_time(section, "BERT-base", one)
+    (note,) = section.found["notes"]
+    assert len(calls) == 10 and note.startswith("BERT-base, the host's time of 10 steps")
+    assert "       10 " in note and "built-in method builtins.sum" in note
+
+
+def test_sides_that_are_slow_have_fewer_looks(monkeypatch):
+    looks = {"quick": [], "slow": []}
+
+    def timed(run, device, calls):
+        run()
+        return clock.Timing({"quick": 0.1, "slow": 0.4}[run.__name__], 0.0, 0.0)
+
+    def quick():
+        looks["quick"].append(1)
+
+    def slow():
+        looks["slow"].append(1)
+
+    monkeypatch.setattr(clock, "timed", timed)
+    sides = {"quick": quick, "slow": slow}
+    timings = clock.alternate(sides, 5, calls=2, budget=1.0)
+    # 0.2 and 0.8 s a look, after one to warm up
+    assert len(looks["quick"]) == 6 and len(looks["slow"]) == 3
+    assert timings["quick"].seconds == 0.1 and timings["slow"].seconds == 0.4
+    clock.alternate(sides, 5)
+    assert len(looks["quick"]) == len(looks["slow"]) + 3 == 12
+
+
+def test_what_there_is_no_time_for_is_noted(section):
+    section.until, done = time.time() + 0.5, []
+
+    def measure(name):
+        done.append(name)
+        time.sleep(0.3)
+
+    section.while_time_lasts("beside", ["a", "b", "c"], measure)
+    assert done == ["a"] and section.found["notes"] == ["beside: no time for b, c"]
+    assert not section.found["errors"]
+
+
+FAILING = """
+import os, signal, time, pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_published_right():
+    pass
+
+def test_published_wrong():
+    assert [1, 2] == [1, 3], "the second"
+
+@pytest.fixture
+def broken():
+    raise ValueError("not made")
+
+def test_published_without_its_fixture(broken):
+    pass
+
+def test_published_last():
+    while len(open(os.environ["FAILURES"]).readlines()) < 2:
+        time.sleep(0.01)
+    os.kill(os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_failures_are_named_though_pytest_is_killed(section, tmp_path, monkeypatch, processes):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(FAILING)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    if processes:
+        pytest.importorskip("xdist")
+        monkeypatch.setenv("PYTEST_ADDOPTS", f"-n {processes}")
+    gpu.tests(section)
+    (note,), (error,) = section.found["notes"], section.found["errors"]
+    names = [f"tests/test_some.py::test_published_{name}" for name in (
+        "without_its_fixture", "wrong")]  # fmt: skip
+    ending, found = error["error"].split(": ")
+    assert ending == "exit status -9" and sorted(found.split(", ")) == names
+    assert all(note.count(f"\nFAILED {name}\n") == 1 for name in names)
+    assert "\nE   AssertionError: the second" in note and "\nE   ValueError: not made" in note
+
+
+def test_a_command_is_interrupted_then_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "TO_COUNT", 0.3)
+    script = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("counted", flush=True)
+time.sleep(60)
+"""
+    printed, start = tmp_path / "printed", time.time()
+    command = [sys.executable, "-I", "-c", script]
+    assert gpu.ending_of(command, os.environ, printed, start) == "its time was up"
+    assert printed.read_text() == "counted\n" and 1.3 < time.time() - start < 10
+
+
+def test_many_failures_share_the_lines_of_the_note():
+    traceback = "\n".join(f"line {i}" for i in range(90))
+    assert gpu.failure_lines([["a", traceback]]) == ["FAILED a", *traceback.split("\n")[-39:]]
+    many = gpu.failure_lines([[f"t{i}", traceback] for i in range(50)])
+    assert many[:3] == ["FAILED t0", "line 89", "FAILED t1"] and len(many) == 100
 
 
 def test_one_list_in_one_pass_and_in_two(section):

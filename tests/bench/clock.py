@@ -97,14 +97,19 @@ def timed(run, device, calls: int = 1) -> Timing:
     return Timing(seconds, host, peak / 2**30)
 
 
-def alternate(sides: dict, repeats: int, device=CPU, calls: int = 1) -> dict[str, Timing]:
-    """Medians of every side, run in turns after a warm-up each, `calls` calls at a time."""
+def alternate(sides: dict, repeats: int, device=CPU, calls: int = 1,
+              budget: float = math.inf) -> dict[str, Timing]:
+    """Medians of every side, run in turns after a warm-up each, `calls` calls at a time; of a side
+    whose looks took `budget` seconds there are no more of them, but two at least."""
     timings = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, run in sides.items():
+            looks = timings[name]
+            if len(looks) >= 2 and calls * sum(look.seconds for look in looks) > budget:
+                continue
             timing = timed(run, device, calls)
             if repeat:
-                timings[name].append(timing)
+                looks.append(timing)
             if sys.stderr.isatty():
                 print(f"\r{repeat}/{repeats} {name:60}", end="", file=sys.stderr)
     if sys.stderr.isatty():

@@ -35,45 +35,79 @@ import torch
 from bench.clock import ROOT
 from bench.section import Section, by_attention
 
-# name: (module, function, seconds at the most); a module is imported by its own section alone
+# name: (module, function, seconds at the most); a module is imported by its own section alone.
+# Those of speed come first, and begin nothing after 230 s in all.
 SECTIONS = {
-    "values": ("values", "values", 90),
+    "training": ("shapes", "training", 85),
+    "scoring": ("shapes", "score", 70),
+    "attention": ("gpu", "attention", 42),
+    "losses": ("gpu", "loss_times", 40),
+    "lists": ("shapes", "lists", 43),
+    "values": ("values", "values", 80),
     "tests": ("gpu", "tests", 100),
-    "training": ("shapes", "training", 110),
-    "scoring": ("shapes", "score", 110),
-    "attention": ("gpu", "attention", 50),
-    "lists": ("shapes", "lists", 60),
-    "losses": ("gpu", "loss_times", 75),
 }
 TO_END = 10.0  # seconds between the last that a section begins and its end by force
+TO_COUNT = 5.0  # the same between the interruption of pytest and its end by force
 
 
 # ------------------------------------------------------- sections that need torch and triton alone
 
 
 def tests(section):
-    """`pytest -m gpu` over the files that have such tests. Needs pytest; runs 8 processes where
-    pytest-xdist is there."""
+    """`pytest -m gpu` over the files that have such tests: its last lines, and every failure with
+    the last lines of its traceback. Needs pytest; runs a process for every core where pytest-xdist
+    is there."""
     files = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py"))
              if "mark.gpu" in file.read_text()]  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--tb=line",
-               "-p", "no:cacheprovider", *files]  # fmt: skip
+    plugins = ["-p", "bench.failures", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", *plugins, *files]
+    path = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     if section.cuda and importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]
+        command += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
+        environment["OMP_NUM_THREADS"] = "1"
     if section.tiny:
         command += ["-k", "published"]
-    with tempfile.TemporaryFile("w+") as output:  # what it printed stays when its time is up
-        try:
-            done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                                  timeout=max(section.until - time.time(), 1))  # fmt: skip
-            ending = f"exit status {done.returncode}" if done.returncode else None
-        except subprocess.TimeoutExpired:
-            ending = "its time was up"
-        output.seek(0)
-        lines = [line[:200] for line in output.read().splitlines() if line.strip()]
-    section.note("\n".join(lines[-40:]))
+    with tempfile.TemporaryDirectory() as folder:
+        printed, failures = Path(folder) / "printed", Path(folder) / "failures"
+        failures.touch()
+        environment["FAILURES"] = str(failures)
+        ending = ending_of(command, environment, printed, section.until)
+        lines = [line[:200] for line in printed.read_text().splitlines() if line.strip()]
+        failed = [json.loads(line) for line in failures.read_text().splitlines()]
+    section.note("\n".join([*lines[-2:], *failure_lines(failed)]))
     if ending:
-        section.error("pytest -m gpu", f"{ending}: {lines[-1] if lines else 'nothing printed'}")
+        names = ", ".join(name for name, _ in failed) or "no failure until then"
+        section.error("pytest -m gpu", f"{ending}: {names}")
+
+
+def ending_of(command, environment, printed: Path, until: float) -> str | None:
+    """How the command ended, None where it ended well. When its time is up it is interrupted, on
+    which pytest counts what it has done; and killed TO_COUNT later."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a job in the background: ignored
+    with printed.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out,
+                                   stderr=subprocess.STDOUT)  # fmt: skip
+    try:
+        status = process.wait(max(until - time.time(), 1))
+        return f"exit status {status}" if status else None
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(TO_COUNT)
+        return "its time was up"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def failure_lines(failed: list) -> list[str]:
+    """The name of every failure and the last lines of its traceback, about 40 lines in all."""
+    room, lines = max(40 // max(len(failed), 1) - 1, 1), []
+    for name, traceback in failed:
+        last = [line[:200] for line in traceback.splitlines() if line.strip()][-room:]
+        lines += [f"FAILED {name}", *last]
+    return lines
 
 
 def attention(section):
@@ -152,21 +186,29 @@ def tiles(section, shape, d, run):
 
 
 def loss_times(section):
-    """Each loss with its gradient in fp32: the fused kernel, the formula in plain torch, and that
-    under torch.compile (last: it compiles for long). `card us` is of a replayed CUDA graph."""
+    """Each loss with its gradient in fp32: the fused kernel and the formula in plain torch; then
+    beside torch.compile of the formula, while time lasts, since it compiles for long. `card us` is
+    of a replayed CUDA graph."""
     from bench import losses
 
+    def measure(table, name, shape, compiled):
+        arguments = losses.inputs(*shape, torch.float32, section.device)
+        what = f"{shape[0]} lists of {shape[1]}"
+        sides = losses.sides(name, arguments, compiled)
+        makers = {side: lambda run=run: run for side, run in sides.items()}
+        sides, _ = section.working(f"{name}, {what}", makers)
+        section.measure_alone(table, {"loss": name, "lists": what}, sides)
+
+    def beside_compiled(name):
+        for shape in ((64, 8), (64, 1000)):
+            measure("Losses with gradient, beside torch.compile", name, shape, True)
+
     shapes = [(4, 8), (64, 8), (16, 100), (64, 100), (4, 1000), (64, 1000)]
-    for compiled in (False, True) if section.cuda else (False,):
-        for name in losses.KINDS:
-            for shape in [(2, 8)] if section.tiny else shapes:
-                arguments = losses.inputs(*shape, torch.float32, section.device)
-                what = f"{shape[0]} lists of {shape[1]}"
-                sides = losses.sides(name, arguments, compiled)
-                makers = {side: lambda run=run: run for side, run in sides.items()}
-                sides, _ = section.working(f"{name}, {what}", makers)
-                labels = {"loss": name, "lists": what}
-                section.measure_alone("Losses with gradient", labels, sides)
+    for name in losses.KINDS:
+        for shape in [(2, 8)] if section.tiny else shapes:
+            measure("Losses with gradient", name, shape, False)
+    if section.cuda:
+        section.while_time_lasts("torch.compile", losses.KINDS, beside_compiled)
 
 
 # ------------------------------------------------------------------------------------ the command

@@ -156,13 +156,13 @@ def pair_lengths(encoder, ids) -> list[int]:
 def padded_inputs(encoder, ids, pairs) -> dict[str, torch.Tensor]:
     """Those pairs of `ids` as Hugging Face's forward takes them, padded to the longest, on the
     device."""
-    packed = [encoder.pack([ids[0][i]], [ids[1][i]]) for i in pairs]
-    fields = {"input_ids": [p.input_ids for p in packed],
-              "attention_mask": [torch.ones_like(p.input_ids) for p in packed]}
+    packed = encoder.pack(*([side[i] for i in pairs] for side in ids))
+    fields = {"input_ids": packed.input_ids, "attention_mask": torch.ones_like(packed.input_ids)}
     if getattr(encoder.model.config, "type_vocab_size", 0) > 1:
-        fields["token_type_ids"] = [p.token_types for p in packed]
+        fields["token_type_ids"] = packed.token_types
     pad = torch.nn.utils.rnn.pad_sequence
-    return {name: pad(rows, batch_first=True).to(encoder.device) for name, rows in fields.items()}
+    return {name: pad(values.split(packed.lengths), batch_first=True).to(encoder.device)
+            for name, values in fields.items()}
 
 
 # --------------------------------------------------------------------------------- what is printed
@@ -343,10 +343,10 @@ def padded_ready(encoder, steps, size: int):
     return lambda: next(inputs)
 
 
-def packed_step(encoder, draw, width: int, max_tokens=None, dtype="float32"):
+def packed_step(encoder, draw, width: int, max_tokens=None, dtype="float32", graphs=False):
     """train.py's own step: micro-batches, the loss, gradients, their norm, AdamW. A call returns
     the loss of the first step: those of the others are not waited for."""
-    one, first = step_of(encoder, "infonce", dtype, max_tokens), []
+    one, first = step_of(encoder, "infonce", dtype, max_tokens, graphs=graphs), []
 
     def step():
         queries, documents = draw()

@@ -2,17 +2,18 @@
 
 import gc
 import json
+import math
 import os
 import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import torch
 
 from bench.clock import alternate, device_of, machine, wait
 
+BUDGET = 1.0  # seconds of looks at a side of many kernels, after which two are enough
 PEAK = 989e12  # an H100's bf16 operations a second by the datasheet
 # what CUDA says of a card that answers no more calls of this process
 LOST = ("illegal memory access", "misaligned address", "launch failure", "device-side assert")
@@ -78,17 +79,39 @@ class Section:
                 sides[side] = run
         return sides, values
 
-    def measure(self, table, labels, sides, pairs, flops, repeats=5, calls=1, more=None) -> dict:
-        """Times and profiles {side: run}, a row each with what `more` has of the side, and returns
-        the timings. pairs, flops: of a call."""
-        timings = alternate(sides, 1 if self.tiny else repeats, self.device, calls)
+    def while_time_lasts(self, what: str, names, measure) -> None:
+        """measure(name) of one after the other, as long as there is the time that the last one
+        took; those left out are noted."""
+        left, took = list(names), 0.0
+        while left and time.time() + took < self.until:
+            start, name = time.time(), left.pop(0)
+            with self.tolerates(what, name):
+                measure(name)
+            took = time.time() - start
+        if left:
+            self.note(f"{what}: no time for {', '.join(left)}")
+
+    def held(self) -> float:
+        """GiB that this process holds of the card when what is free is given back: tensors, and
+        the memory of CUDA graphs. NaN on a CPU."""
+        if not self.cuda:
+            return math.nan
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self.device) / 2**30
+
+    def measure(self, table, labels, sides, pairs, flops, repeats=5, calls=1, more=None,
+                profile=()) -> dict:  # fmt: skip
+        """Times {side: run}, a row each with what `more` has of the side, profiles those named in
+        `profile`, and returns the timings. pairs, flops: of a call."""
+        repeats = 1 if self.tiny else repeats
+        timings = alternate(sides, repeats, self.device, calls, BUDGET)
         for side, timing in timings.items():
             cells = {"ms": 1e3 * timing.seconds, "pairs/s": round(pairs / timing.seconds),
                      "MFU": flops / timing.seconds / PEAK, "host ms": 1e3 * timing.host,
                      "GiB": timing.gib}  # fmt: skip
             cells = labels | {"side": side} | cells | (more or {}).get(side, {})
             row, what = self.row(table, cells), [*map(str, labels.values()), side, "profile"]
-            if self.cuda:
+            if self.cuda and side in profile:
                 with self.tolerates(*what):
                     kernels, busy = self.profiled(", ".join(what), sides[side], calls)
                     row |= {"kernels": kernels, "busy share": busy / timing.seconds}
@@ -114,7 +137,7 @@ class Section:
     def measure_alone(self, table, labels, sides, flops=None) -> None:
         """The same for calls of a few kernels, with the time of the card alone."""
         repeats, calls = (1, 1) if self.tiny else (10, 10)
-        timings = alternate(sides, repeats, self.device, calls)
+        timings = alternate(sides, repeats, self.device, calls, BUDGET / 5)
         for side, timing in timings.items():
             cells = {"us": 1e6 * timing.seconds, "host us": 1e6 * timing.host}
             row = self.row(table, labels | {"side": side} | cells)
@@ -159,9 +182,18 @@ def card_totals(events, calls: int) -> dict[str, tuple[float, float]]:
     return dict(sorted(totals.items(), key=lambda item: -item[1][0]))
 
 
+@contextmanager
 def by_attention(back_end: str):
-    """Attention inside is by that back end of kernels.attention, on CUDA."""
-    return mock.patch.dict(os.environ, ATTENTION=back_end)
+    """Attention inside is by that back end of kernels.attention, on CUDA. Inside what is timed:
+    mock.patch.dict would write the whole environment anew."""
+    before, os.environ["ATTENTION"] = os.environ.get("ATTENTION"), back_end
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["ATTENTION"]
+        else:
+            os.environ["ATTENTION"] = before
 
 
 def relative(x, y) -> float:

@@ -5,13 +5,16 @@ of bench/scoring.py.
 """
 
 import copy
+import cProfile
+import io
 import math
+import pstats
 import tempfile
 
 import torch
 
 from bench import scoring
-from bench.clock import timed
+from bench.clock import timed, wait
 from bench.memory import list_step
 from bench.section import by_attention, free_memory, relative
 from kernels import roofline
@@ -47,7 +50,8 @@ def attention_by_triton(name, make) -> dict:
         return {}
 
     def forced():
-        run = make()
+        with by_attention("triton"):
+            run = make()
 
         def with_triton():
             with by_attention("triton"):
@@ -59,75 +63,147 @@ def attention_by_triton(name, make) -> dict:
 
 
 def training(section):
-    """One step, 8 documents a query, dropout on: train.py's own beside Hugging Face's padded model
-    (SDPA where it has it, the whole batch, inputs on the card beforehand) and
-    sentence-transformers' loss (from text, at its best mini-batch). All: autocast, gradients
-    clipped, fused AdamW, five batches in turns. Needs sentence-transformers."""
-    for name, documents in DOCUMENTS.items():
-        with section.tolerates(name), tempfile.TemporaryDirectory() as folder:
-            train(section, name, 2 * WIDTH if section.tiny else documents, folder)
-
-
-def train(section, name, documents, folder):
-    model = model_of(section, name)
-    tokenizer = scoring.word_tokenizer(model.config.vocab_size)
-    encoder = CrossEncoder(model, tokenizer)
-    encoder.save_pretrained(folder)
-    count = 2 if section.tiny else 5
-    texts = scoring.random_pairs(count * documents, per_query=WIDTH)
-    starts = range(0, count * documents, documents)
-    steps = [tuple(side[at : at + documents] for side in texts) for at in starts]
-
-    def ours(draw=scoring.ready):
-        own = CrossEncoder(copy.deepcopy(model), tokenizer).train()
-        return scoring.packed_step(own, draw(encoder, steps), WIDTH, None, section.dtype)
-
-    def padded():
-        draw = scoring.padded_ready(encoder, steps, documents)
-        return scoring.padded_step(copy.deepcopy(model).train(), draw, WIDTH, section.dtype)
-
-    def peer(queries):
+    """One step, 8 documents a query, dropout on. First of every model: train.py's own (by CUDA
+    graphs, and without) beside Hugging Face's padded model (SDPA where it has it, the whole batch,
+    inputs on the card beforehand). Then of one model after the other, while time lasts: train.py's
+    own again, and from text, beside sentence-transformers' loss (from text, at the quicker of two
+    mini-batches). The sides of a model in a table run in turns; medians of five looks at five
+    batches, of sides that take more than a second for them of fewer, two at least. All: autocast,
+    gradients clipped, fused AdamW. GiB: a step's at the most beyond what the side holds, GiB held:
+    weights, optimizer, graphs. Needs sentence-transformers."""
+    for name in DOCUMENTS:
+        with section.tolerates(name):
+            train(section, name)
+    with section.tolerates("sentence-transformers"):
         from sentence_transformers import CrossEncoder as Peer
 
-        own = Peer(folder, device=section.device.type).train()
-        return scoring.peer_step(own, steps, WIDTH, queries, section.dtype)
+        section.while_time_lasts("beside sentence-transformers", DOCUMENTS,
+                                 lambda name: train_beside(section, name, Peer))  # fmt: skip
 
-    queries = documents // WIDTH
-    sizes = sorted({2, queries // 2, queries})
-    best = quickest(section, f"{name}, sentence-transformers", peer, sizes)
-    makers = {"ours": ours, **attention_by_triton(name, ours),
-              "ours, from text": lambda: ours(scoring.from_text),
-              "Hugging Face padded": padded,
+
+def train(section, name):
+    given = Training(section, name)
+    makers = {"ours": given.ours}
+    if section.cuda:
+        makers["ours, no graphs"] = lambda: given.ours(graphs=False)
+    makers |= attention_by_triton(name, given.ours) | {"Hugging Face padded": given.padded}
+    sides = given.measure("Training step", makers, ("ours", "Hugging Face padded"))
+    if "ours, no graphs" in sides:
+        with section.tolerates(name, "the host's time"):
+            note_host_time(section, name, sides["ours, no graphs"])
+
+
+def train_beside(section, name, peer_class):
+    given = Training(section, name)
+    with tempfile.TemporaryDirectory() as folder:
+        given.encoder.save_pretrained(folder)
+        loaded = peer_class(folder, device=section.device.type)
+
+    def peer(queries):
+        own = copy.deepcopy(loaded).train()
+        return scoring.peer_step(own, given.steps, WIDTH, queries, section.dtype)
+
+    queries = given.documents // WIDTH
+    best = quickest(section, f"{name}, sentence-transformers", peer, (queries, queries // 2))
+    makers = {"ours": given.ours, "ours, from text": lambda: given.ours(scoring.from_text),
               f"sentence-transformers, {best} queries at a time": lambda: peer(best)}
-    sides, first = section.working(name, makers)
-    config = roofline.config_of(model.config)
-    lengths = [scoring.pair_lengths(encoder, scoring.token_ids(encoder, *step)) for step in steps]
-    flops = sum(roofline.flops_per_step(config, step) for step in lengths) / count
-    losses = {side: {"first loss": float(loss)} for side, loss in first.items()}
-    for side, loss in losses.items():
-        if not math.isfinite(loss["first loss"]):
-            section.error(f"{name}, {side}", "the loss is not finite: its speed proves nothing")
-    section.measure("Training step", {"model": name, "documents": documents}, sides, documents,
-                    flops, calls=count, more=losses)  # fmt: skip
+    given.measure("Training step, beside sentence-transformers", makers)
+
+
+class Training:
+    """A model, batches for it in turns, and the sides that take steps on copies of it."""
+
+    def __init__(self, section, name):
+        self.section, self.name, self.model = section, name, model_of(section, name)
+        self.documents = 2 * WIDTH if section.tiny else DOCUMENTS[name]
+        self.count = 2 if section.tiny else 5
+        tokenizer = scoring.word_tokenizer(self.model.config.vocab_size)
+        self.encoder = CrossEncoder(self.model, tokenizer)
+        texts = scoring.random_pairs(self.count * self.documents, per_query=WIDTH)
+        starts = range(0, self.count * self.documents, self.documents)
+        self.steps = [tuple(side[at : at + self.documents] for side in texts) for at in starts]
+
+    def ours(self, draw=scoring.ready, graphs=None):
+        graphs = self.section.cuda if graphs is None else graphs
+        own = CrossEncoder(copy.deepcopy(self.model), self.encoder.tokenizer).train()
+        inputs = draw(self.encoder, self.steps)
+        run = scoring.packed_step(own, inputs, WIDTH, None, self.section.dtype, graphs)
+        if graphs:
+            for _ in range(3 * self.count):  # a size is run when first seen, then captured
+                run()
+        return run
+
+    def padded(self):
+        draw = scoring.padded_ready(self.encoder, self.steps, self.documents)
+        own = copy.deepcopy(self.model).train()
+        return scoring.padded_step(own, draw, WIDTH, self.section.dtype)
+
+    def measure(self, table, makers, profile=()) -> dict:
+        """Rows of the sides that can be made, which are returned."""
+        section, sides, more = self.section, {}, {}
+        for side, make in makers.items():
+            before = section.held()
+            made, first = section.working(self.name, {side: make})
+            sides |= made
+            for loss in map(float, first.values()):
+                more[side] = {"first loss": loss, "GiB held": section.held() - before}
+                if not math.isfinite(loss):
+                    section.error(f"{self.name}, {side}",
+                                  "the loss is not finite: its speed proves nothing")  # fmt: skip
+        config, count = roofline.config_of(self.model.config), len(self.steps)
+        flops = 0
+        for step in self.steps:
+            lengths = scoring.pair_lengths(self.encoder, scoring.token_ids(self.encoder, *step))
+            flops += roofline.flops_per_step(config, lengths) / count
+        section.measure(table, {"model": self.name, "documents": self.documents}, sides,
+                        self.documents, flops, calls=count, more=more, profile=profile)  # fmt: skip
+        return sides
+
+
+def note_host_time(section, name, step):
+    """A note of what the host does in ten steps, by cProfile, which makes all Python slower."""
+    wait(section.device)
+    profile = cProfile.Profile()
+    # the backward pass in this thread, or it would not be seen
+    with torch.autograd.set_multithreading_enabled(False), profile:
+        for _ in range(10):
+            step()
+    wait(section.device)
+    out = io.StringIO()
+    pstats.Stats(profile, stream=out).strip_dirs().sort_stats("tottime").print_stats(25)
+    lines = [line.rstrip()[:120] for line in out.getvalue().splitlines() if line.strip()]
+    section.note("\n".join([f"{name}, the host's time of 10 steps without graphs:", *lines]))
 
 
 def score(section):
-    """4,096 pairs with weights in bf16, from token ids and from text, beside Hugging Face's padded
-    model (sorted by length, SDPA where it has it, inputs on the card beforehand) and
-    sentence-transformers (from text), each at its best batch size. Needs sentence-transformers."""
+    """Weights in bf16. First of every model: 4,096 pairs from token ids, beside Hugging Face's
+    padded model (sorted by length, SDPA where it has it, inputs on the card beforehand). Then of
+    one model after the other, while time lasts: 1,024 pairs from text, beside
+    sentence-transformers. The others at their best batch size, chosen on fewer pairs. The sides of
+    a model in a table run in turns; medians of three looks, of sides that take more than half a
+    second for one of two. Needs sentence-transformers."""
     texts = scoring.random_pairs(12 if section.tiny else 4096)
     for name in DOCUMENTS:
-        with section.tolerates(name), tempfile.TemporaryDirectory() as folder:
-            score_by(section, name, texts, folder)
+        with section.tolerates(name):
+            score_ids(section, name, texts)
+    few = [side[:1024] for side in texts]
+    with section.tolerates("sentence-transformers"):
+        from sentence_transformers import CrossEncoder as Peer
+
+        section.while_time_lasts("beside sentence-transformers", DOCUMENTS,
+                                 lambda name: score_texts(section, name, few, Peer))  # fmt: skip
 
 
-def score_by(section, name, texts, folder):
-    padded_model = model_of(section, name).to(getattr(torch, section.dtype))
-    tokenizer = scoring.word_tokenizer(padded_model.config.vocab_size)
-    encoder = CrossEncoder(copy.deepcopy(padded_model), tokenizer)
-    encoder.save_pretrained(folder)
-    ids, pairs = scoring.token_ids(encoder, *texts), list(zip(*texts, strict=True))
-    whole, few = len(pairs), len(pairs) // 4  # batch sizes are chosen on these few
+def rounded(section, name):
+    """(a new model in the dtype of the section, a CrossEncoder of a copy: its head is in fp32)."""
+    model = model_of(section, name).to(getattr(torch, section.dtype))
+    tokenizer = scoring.word_tokenizer(model.config.vocab_size)
+    return model, CrossEncoder(copy.deepcopy(model), tokenizer)
+
+
+def score_ids(section, name, texts):
+    padded_model, encoder = rounded(section, name)
+    ids = scoring.token_ids(encoder, *texts)
 
     def ours():
         return lambda: encoder.score_tokens(*ids)
@@ -136,28 +212,45 @@ def score_by(section, name, texts, folder):
         some = [side[:count] for side in ids]
         return scoring.padded_scores(padded_model, encoder, some, size)
 
+    whole = len(ids[0])
+    best = quickest(section, f"{name}, Hugging Face", lambda size: padded(size, whole // 8),
+                    (64, 128, 256))  # fmt: skip
+    peer = f"Hugging Face padded, {best} at a time"
+    makers = {"ours": ours, **attention_by_triton(name, ours), peer: lambda: padded(best, whole)}
+    measure_scoring(section, "Scoring", name, encoder, ids, makers, ("ours", peer))
+
+
+def score_texts(section, name, texts, peer_class):
+    _, encoder = rounded(section, name)
+    pairs = list(zip(*texts, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.save_pretrained(folder)
+        loaded = peer_class(folder, device=section.device.type,
+                            model_kwargs={"dtype": section.dtype})  # fmt: skip
+
     def peer(size, count):
-        from sentence_transformers import CrossEncoder as Peer
+        return scoring.peer_scores(loaded, pairs[:count], size)
 
-        own = Peer(folder, device=section.device.type, model_kwargs={"dtype": section.dtype})
-        return scoring.peer_scores(own, pairs[:count], size)
+    best = quickest(section, f"{name}, sentence-transformers",
+                    lambda size: peer(size, len(pairs) // 2), (256, 128))  # fmt: skip
+    makers = {"ours, from text": lambda: lambda: encoder.score(*texts),
+              f"sentence-transformers, {best} at a time": lambda: peer(best, len(pairs))}
+    ids = scoring.token_ids(encoder, *texts)
+    measure_scoring(section, "Scoring from text", name, encoder, ids, makers)
 
-    by_padding = quickest(section, f"{name}, Hugging Face",
-                          lambda size: padded(size, few), (64, 128, 256))  # fmt: skip
-    by_peer = quickest(section, f"{name}, sentence-transformers",
-                       lambda size: peer(size, few), (32, 128, 256))  # fmt: skip
-    makers = {"ours": ours, **attention_by_triton(name, ours),
-              f"Hugging Face padded, {by_padding} at a time": lambda: padded(by_padding, whole),
-              "ours, from text": lambda: lambda: encoder.score(*texts),
-              f"sentence-transformers, {by_peer} at a time": lambda: peer(by_peer, whole)}
+
+def measure_scoring(section, table, name, encoder, ids, makers, profile=()):
+    """Rows of the sides, the first of which is ours."""
     sides, scores = section.working(name, makers)
     lengths = scoring.pair_lengths(encoder, ids)
-    flops = roofline.flops_per_step(roofline.config_of(padded_model.config), lengths, train=False)
-    more = {}
-    if "ours" in scores:
-        more = {side: {"differs from ours by": relative(found, scores["ours"])}
+    config = roofline.config_of(encoder.model.config)
+    flops = roofline.flops_per_step(config, lengths, train=False)
+    first, more = next(iter(makers)), {}
+    if first in scores:
+        more = {side: {"differs from ours by": relative(found, scores[first])}
                 for side, found in scores.items()}  # fmt: skip
-    section.measure("Scoring", {"model": name}, sides, whole, flops, repeats=3, more=more)
+    section.measure(table, {"model": name, "pairs": len(lengths)}, sides, len(lengths), flops,
+                    repeats=3, more=more, profile=profile)  # fmt: skip
 
 
 def lists(section):
@@ -190,7 +283,8 @@ def one_list(section, name, documents, two_passes=False) -> float:
     step(0, batch)
     labels = {"model": name, "documents": documents, "tokens": sum(lengths),
               "keep": step.gradient.keep}
+    profile = () if two_passes else ("ours",)
     timings = section.measure("One list", labels, {"ours": lambda: step(0, batch)}, documents,
-                              flops, calls=2)  # fmt: skip
+                              flops, repeats=3, calls=2, profile=profile)  # fmt: skip
     step.flush()
     return timings["ours"].gib

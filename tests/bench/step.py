@@ -6,6 +6,7 @@ import torch
 from data.lists import Batch
 from kernels import losses
 from kernels.exact import ListGradient
+from kernels.graphs import Graphs
 from kernels.step import Step
 
 
@@ -32,10 +33,12 @@ def peer_step_of(model, losses):
 
 
 def step_of(encoder, loss: str, dtype="float32", max_tokens=None, lr=1e-5, clip=1.0,
-            weight_decay=0.0) -> Step:
-    """By a loss's name. Without warm-up; the decay over 10**6 steps is nothing to the first few."""
+            weight_decay=0.0, graphs=False) -> Step:
+    """By a loss's name. Without warm-up; the decay over 10**6 steps is nothing to the first few.
+    graphs: by kernels.graphs."""
     gradient = ListGradient(encoder, losses.LOSSES[loss], seed=1, dtype=dtype,
-                            max_tokens=max_tokens, reserve=2)
+                            max_tokens=max_tokens, reserve=2,
+                            graphs=Graphs(encoder, dtype) if graphs else None)
     optimizer = fused_adamw(encoder, lr, weight_decay)
     return Step(gradient, optimizer, lr=lr, warmup=0, steps=10**6, clip=clip)
 
