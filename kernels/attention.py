@@ -2,12 +2,12 @@
 
 `varlen_attention` on CUDA runs one of three (`backend` says which):
 
+    triton      kernels.flash, which takes everything. Its dropout is exact and all but DeBERTa's
+                tables has the same bits each time.
     torch       torch's own FlashAttention-2 (aten::_flash_attention_forward): bf16 and fp16 from
-                Ampere on; nothing to build. Its dropout rounds p to 8 bits: at p = 0.1 it keeps 230
-                of 256 and scales by 1 / 0.9 (mean 0.9983), and dq beyond 128 keys is summed by
-                atomics, in any order.
-    triton      kernels.flash: fp32, DeBERTa's bias, `deterministic`, and where torch's is missing.
-                Its dropout is exact and all but DeBERTa's tables has the same bits each time.
+                Ampere on, without a bias; nothing to build. Its dropout rounds p to 8 bits: at
+                p = 0.1 it keeps 230 of 256 and scales by 1 / 0.9 (mean 0.9983), and dq beyond 128
+                keys is summed by atomics, in any order.
     flash-attn  the package flash-attn 2.8, where it is installed and asked for.
 
 The environment variable ATTENTION=torch|triton|flash-attn asks for one. On a CPU torch's products
@@ -33,6 +33,7 @@ except ImportError:
     flash_attn_varlen_func = None
 
 
+LONG = 384  # tokens
 _of_thread = threading.local()
 # for tests and counts: True takes a GPU's way on a CPU, kernels interpreted or withheld
 _gpu_path = None
@@ -156,12 +157,15 @@ def varlen_attention(
         return _by_runs(q, k, v, tuple(lengths), one_row, window, bias, scale, dropout)
     rows = (cu_seqlens_q, 1) if one_row else (cu_seqlens, max_seqlen)
     runs = {"torch": _by_torch, "flash-attn": _by_flash_attn, "triton": _by_triton}
-    run = runs[backend(q, bias, deterministic)]
+    run = runs[backend(q, bias, deterministic, dropout, window, max_seqlen)]
     return run(q, k, v, *rows, cu_seqlens, max_seqlen, window, bias, scale, dropout, deterministic)
 
 
-def backend(q, bias=None, deterministic=False) -> str:
+def backend(q, bias=None, deterministic=False, dropout=0.0, window=None, longest=0) -> str:
     """"torch", "triton" or "flash-attn": what runs attention on CUDA tensors like q.
+
+    By default the quickest on an H200 (results/gpu.md): torch's for long sequences with dropout,
+    whose backward pass is the better one there, else Triton's.
 
     FlashAttention-2 takes fp16 and bf16, head dimensions that are multiples of 8 up to 256, cards
     from Ampere (8.0) on, and no bias.
@@ -187,7 +191,10 @@ def backend(q, bias=None, deterministic=False) -> str:
         return "triton"
     if wanted == "flash-attn":
         return "flash-attn"
-    return "triton" if deterministic or not torch_has_flash_attention() else "torch"
+    if deterministic or not torch_has_flash_attention():
+        return "triton"
+    quicker = longest > LONG and dropout and window is None
+    return "torch" if quicker or wanted == "torch" else "triton"
 
 
 @cache

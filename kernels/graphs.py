@@ -150,12 +150,13 @@ class Graphs:
         self.kept.clear()
         self.pool = self.totals = self.replayed = None
 
-    def _run(self, batch: Packed, seed: int | torch.Tensor) -> torch.Tensor:
-        """The forward pass with autograd's graph."""
+    def _run(self, batch: Packed, seed: int | torch.Tensor, parameters=None) -> torch.Tensor:
+        """The forward pass with autograd's graph. parameters: {name: tensor} in place of the
+        model's own."""
         bf16 = self.dtype == "bfloat16"
         cast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         with torch.enable_grad(), dropout_from(seed, self.device), cast:
-            return self.model(batch)
+            return torch.func.functional_call(self.model, parameters or {}, (batch,))
 
     def _refresh(self) -> None:
         """What a replay reads in place of the weights, as they are now."""
@@ -183,16 +184,24 @@ class Graphs:
             self.pool = torch.cuda.graph_pool_handle()
             self.totals = [torch.empty_like(p) for p in self.parameters]
         scores, slopes = torch.zeros(2, size.pairs, device=self.device)
+        # The parameters by other names: where a graph of autograd is left of an earlier pass, their
+        # own names belong to the stream that it ran on, and a capture may not touch another stream.
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        leaves = [p.detach().requires_grad_() for p in self.parameters]
         under_way = []
 
         def forward():
             if first:
                 self._reserve(size)
-            under_way.append(self._run(batch, self.seed))
-            scores.copy_(under_way[0].detach())
+            with self._standing_in(leaves):
+                out = self._run(batch, self.seed, dict(zip(names, leaves, strict=True)))
+            scores.copy_(out.detach())
+            under_way.append(out)
 
         def backward():
-            self._write_gradients(under_way.pop(), slopes)
+            with self._standing_in(leaves):
+                out = under_way.pop()
+                self._keep(torch.autograd.grad(out, leaves, slopes, allow_unused=True))
 
         self._refresh()
         try:
@@ -205,6 +214,13 @@ class Graphs:
             raise CaptureError(f"a step cannot be captured as CUDA graphs: {e}") from e
         self.kept[size] = Passes(*passes, inputs, scores, slopes)
 
+    def _standing_in(self, leaves: list[torch.Tensor]):
+        """Inside, the joined weights' gradients are those of `leaves`, written to `totals`."""
+        if not self.narrow:
+            return nullcontext()
+        both = (dict(zip(self.parameters, of, strict=True)) for of in (leaves, self.totals))
+        return self.narrow.standing_in(*both)
+
     def _reserve(self, size: Size) -> None:
         """Takes what the largest of the usual sizes will need at once and lets it go: in pieces of
         the first size the pool would hold larger sizes badly."""
@@ -213,13 +229,10 @@ class Graphs:
         room = int(1.15 * size.tokens) * per_token + 4 * numbers
         torch.empty(room, dtype=torch.uint8, device=self.device)
 
-    def _write_gradients(self, scores: torch.Tensor, slopes: torch.Tensor) -> None:
-        """The gradients into `totals`: of the joined weights directly, the others as copies."""
-        into = dict(zip(self.parameters, self.totals, strict=True))
-        with self.narrow.writing_to(into) if self.narrow else nullcontext():
-            found = torch.autograd.grad(scores, self.parameters, slopes, allow_unused=True)
+    def _keep(self, found) -> None:
+        """Writes gradients to `totals`, but those that are there already."""
         self.totals = [None if g is None else total
-                       for g, total in zip(found, into.values(), strict=True)]
+                       for g, total in zip(found, self.totals, strict=True)]
         apart = [(total, g) for total, g in zip(self.totals, found, strict=True)
                  if g is not None and g.data_ptr() != total.data_ptr()]
         torch._foreach_copy_(*map(list, zip(*apart, strict=True)))

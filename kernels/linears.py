@@ -12,6 +12,7 @@ taken back to fp32 in one go: the numbers are autocast's own, the launches a qua
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,8 @@ class Narrow:
     """
 
     def __init__(self, groups, dtype):
-        self.dtype, self.version, self.into = dtype, None, None
+        self.dtype, self.version = dtype, None
+        self.leaves = self.into = None  # of a pass that is captured, see `standing_in`
         self.sources, self.copies, self.parts, self.sizes = [], [], [], []
         # linear -> (weight and bias of its group, by number of copy; sizes), its place
         self.place = {}
@@ -155,35 +157,36 @@ class Narrow:
         self.refresh()
         copies = self.copies
         if torch.is_grad_enabled():
-            copies = _ToNarrow.apply(self, *self.sources)
+            copies = _ToNarrow.apply(self, *(self.leaves or self.sources))
+        # not a function that calls itself: in a cycle it would keep autograd's graph
+        return partial(self._project, copies)
 
-        def project(x, *linears, act=None, part=None, bias=True):
-            product, at = self.place[linears[0]]
-            if any(self.place[linear] != (product, at + i) for i, linear in enumerate(linears)):
-                return [project(x, linear) for linear in linears]
-            weight, of_bias, sizes = product
-            shift = None if of_bias is None else copies[of_bias]
-            weight, shift = _part(copies[weight], part), _part(shift, part, bias)
-            out = F.linear(x.to(self.dtype), weight, shift)
-            if len(sizes) == 1:
-                return activated(out, act)
-            outs = out.split(sizes, -1)[at : at + len(linears)]
-            return outs if len(linears) > 1 else activated(outs[0], act)
-
-        return project
+    def _project(self, copies, x, *linears, act=None, part=None, bias=True):
+        product, at = self.place[linears[0]]
+        if any(self.place[linear] != (product, at + i) for i, linear in enumerate(linears)):
+            return [self._project(copies, x, linear) for linear in linears]
+        weight, of_bias, sizes = product
+        shift = None if of_bias is None else copies[of_bias]
+        weight, shift = _part(copies[weight], part), _part(shift, part, bias)
+        out = F.linear(x.to(self.dtype), weight, shift)
+        if len(sizes) == 1:
+            return activated(out, act)
+        outs = out.split(sizes, -1)[at : at + len(linears)]
+        return outs if len(linears) > 1 else activated(outs[0], act)
 
     @contextmanager
-    def writing_to(self, into):
-        """Inside, gradients of the sources are written to these tensors, {source: fp32}."""
-        self.into = into
+    def standing_in(self, leaves, into):
+        """Inside, gradients go to the tensors `leaves` has for the sources, {source: tensor}, and
+        are written to those of `into`."""
+        self.leaves, self.into = ([of[p] for p in self.sources] for of in (leaves, into))
         try:
             yield
         finally:
-            self.into = None
+            self.leaves = self.into = None
 
     def widened(self, gradients):
         """Gradients of the copies (None where unused) -> of the sources, fp32, slices of one buffer
-        or where `writing_to` says."""
+        or where `standing_in` says."""
         parts = []
         for sizes, gradient in zip(self.sizes, gradients, strict=True):
             parts += [None] * len(sizes) if gradient is None else gradient.split(sizes)
@@ -193,7 +196,7 @@ class Narrow:
             slices = wide.split([parts[i].numel() for i in used])
             outs = [s.view_as(self.sources[i]) for s, i in zip(slices, used, strict=True)]
         else:
-            outs = [self.into[self.sources[i]] for i in used]
+            outs = [self.into[i] for i in used]
         torch._foreach_copy_(outs, [parts[i] for i in used])
         found = dict(zip(used, outs, strict=True))
         return [found.get(i) for i in range(len(parts))]

@@ -93,7 +93,7 @@ def test_a_training_step_of_every_side(section):
     alone, beside = json.loads(section.into.read_text())["tables"].values()
     rows = alone + beside
     assert [row["side"].split(", 2")[0].split(", 1")[0] for row in rows] == [
-        "ours", "ours, attention by Triton", "Hugging Face padded",
+        "ours", "ours, attention by torch", "Hugging Face padded",
         "ours", "ours, from text", "sentence-transformers"]  # fmt: skip
     assert all(abs(row["first loss"] - rows[0]["first loss"]) < 0.05 for row in rows)
     assert all(row["ms"] > 0 and row["MFU"] > 0 for row in rows) and not section.found["errors"]
@@ -137,10 +137,10 @@ def test_a_step_by_graphs_is_made_and_seen_three_times_with_its_attention(sectio
     given = shapes.Training(section, "MiniLM-L12")
     given.ours()
     assert asked == [False] and not seen  # on a CPU
-    (make,) = shapes.attention_by_triton("BERT", lambda: given.ours(graphs=True)).values()
+    (make,) = shapes.attention_by_torch("BERT", lambda: given.ours(graphs=True)).values()
     run = make()
-    assert asked == [False, True] and seen == ["triton"] * 3 * given.count
-    assert run() == 0.5 and seen.pop() == "triton" and os.environ.get("ATTENTION") is None
+    assert asked == [False, True] and seen == ["torch"] * 3 * given.count
+    assert run() == 0.5 and seen.pop() == "torch" and os.environ.get("ATTENTION") is None
 
 
 def test_where_the_time_of_the_host_goes(section):

@@ -459,9 +459,13 @@ def test_the_choice_of_a_back_end(monkeypatch):
         others = [torch.empty(9, 2, 64, device="cuda"),
                   torch.empty(9, 2, 60, device="cuda", dtype=torch.bfloat16),
                   torch.empty(9, 2, 264, device="cuda", dtype=torch.float16), torch.empty(9, 2, 64)]
-    assert attention.backend(q) == attention.backend(q.half()) == "torch"
-    assert attention.backend(q, deterministic=True) == attention.backend(q, bias) == "triton"
-    assert all(attention.backend(x) == "triton" for x in others)
+    long = {"dropout": 0.1, "longest": 512}
+    assert attention.backend(q, **long) == attention.backend(q.half(), **long) == "torch"
+    assert attention.backend(q) == attention.backend(q, dropout=0.1, longest=384) == "triton"
+    assert attention.backend(q, longest=512) == attention.backend(q, window=64, **long) == "triton"
+    assert attention.backend(q, deterministic=True, **long) == "triton"
+    assert all(attention.backend(x, bias, **long) == "triton" for x in (q, *others))
+    assert all(attention.backend(x, **long) == "triton" for x in others)
     for wanted in ("torch", "triton", "flash-attn"):
         monkeypatch.setenv("ATTENTION", wanted)
         assert attention.backend(q) == wanted and attention.backend(q, bias) == "triton"
@@ -477,10 +481,10 @@ def test_the_choice_of_a_back_end(monkeypatch):
     with pytest.raises(ValueError, match="ATTENTION=sdpa: choose"):
         attention.backend(q)
     monkeypatch.delenv("ATTENTION")
-    assert attention.backend(q) == "triton"
+    assert attention.backend(q, **long) == "triton"
     monkeypatch.setattr(attention, "torch_has_flash_attention", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert attention.backend(q) == "triton"
+    assert attention.backend(q, **long) == "triton"
 
 
 def test_the_schema_of_torchs_flash_attention():

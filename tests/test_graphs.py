@@ -105,9 +105,9 @@ def batch(k):
     return batch_of(*sides, positive_first(2, 3))
 
 
-def steps(count, dtype="bfloat16", captures=True):
+def steps(count, dtype="bfloat16", captures=True, name="minilm"):
     """A model, its graphs, and the figures of so many steps of it, the last in micro-batches."""
-    encoder = build("minilm", dropout=0.3).train()
+    encoder = build(name, dropout=0.3).train()
     step = step_of(encoder, "infonce", dtype, lr=1e-2)
     step.gradient.keep = 10**6
     step.gradient.graphs = own = Graphs(encoder, dtype)
@@ -121,9 +121,12 @@ def steps(count, dtype="bfloat16", captures=True):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_replayed_steps_are_those_that_run(on_a_card, dtype):
+@pytest.mark.parametrize("name", ["minilm", "electra-projected", "modernbert-mean", "deberta",
+                                  "deberta-own-keys"])
+def test_replayed_steps_are_those_that_run(on_a_card, name, dtype):
     """The same figures and weights to the bit, dropout on, weights moving, batches of two sizes."""
-    (encoder, own, figures), (other, none, expected) = (steps(7, dtype, c) for c in (True, False))
+    (encoder, own, figures), (other, none, expected) = (
+        steps(7, dtype, captures, name) for captures in (True, False))
     assert len(own.kept) == 2 and Run.count == 4 and not none.kept
     assert figures == expected and len(figures) == 7
     assert len(set(figures)) == 7 and all(math.isfinite(x) for pair in figures for x in pair)

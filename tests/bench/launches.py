@@ -147,7 +147,7 @@ def as_on_a_card():
     """Inside, a CPU takes a card's way, Triton's launches and FlashAttention are counted and
     withheld."""
 
-    def backend(q, bias=None, deterministic=False):
+    def backend(q, bias=None, *how):
         return "torch" if bias is None else "triton"
 
     def withheld(kernel, *args, **kwargs):

@@ -200,7 +200,8 @@ def sides(name, arguments, compiled=False):
         losses._kernels = kernels
         try:
             loss = function(scores, targets, lengths, **KINDS[name])
-            return loss, *torch.autograd.grad(loss, scores)
+            # not autograd's graph: while it lives a capture fails
+            return loss.detach(), *torch.autograd.grad(loss, scores)
         finally:
             losses._kernels = None
 

@@ -44,22 +44,22 @@ def quickest(section, what, make, sizes) -> int:
     return min(seconds, key=seconds.get, default=sizes[0])
 
 
-def attention_by_triton(name, make) -> dict:
-    """The side whose attention is ours, for shapes that have torch's by default."""
+def attention_by_torch(name, make) -> dict:
+    """The side whose attention is torch's FlashAttention-2, where there is a choice."""
     if name.startswith("DeBERTa"):  # its bias leaves no choice
         return {}
 
     def forced():
-        with by_attention("triton"):
+        with by_attention("torch"):
             run = make()
 
-        def with_triton():
-            with by_attention("triton"):
+        def with_torch():
+            with by_attention("torch"):
                 return run()
 
-        return with_triton
+        return with_torch
 
-    return {"ours, attention by Triton": forced}
+    return {"ours, attention by torch": forced}
 
 
 def training(section):
@@ -86,7 +86,7 @@ def train(section, name):
     makers = {"ours": given.ours}
     if section.cuda:
         makers["ours, no graphs"] = lambda: given.ours(graphs=False)
-    makers |= attention_by_triton(name, given.ours) | {"Hugging Face padded": given.padded}
+    makers |= attention_by_torch(name, given.ours) | {"Hugging Face padded": given.padded}
     sides = given.measure("Training step", makers, ("ours", "Hugging Face padded"))
     if "ours, no graphs" in sides:
         with section.tolerates(name, "the host's time"):
@@ -216,7 +216,7 @@ def score_ids(section, name, texts):
     best = quickest(section, f"{name}, Hugging Face", lambda size: padded(size, whole // 8),
                     (64, 128, 256))  # fmt: skip
     peer = f"Hugging Face padded, {best} at a time"
-    makers = {"ours": ours, **attention_by_triton(name, ours), peer: lambda: padded(best, whole)}
+    makers = {"ours": ours, **attention_by_torch(name, ours), peer: lambda: padded(best, whole)}
     measure_scoring(section, "Scoring", name, encoder, ids, makers, ("ours", peer))
 
 
