@@ -499,7 +499,7 @@ class Meter:
         seconds = time.perf_counter() - self.mark
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if on_gpu:
-            used = torch.cuda.max_memory_allocated()
+            used = torch.cuda.max_memory_reserved()  # the pool of CUDA graphs included
         row = dict(step=done, loss=self.loss(done), lr=lr, grad_norm=grad_norm,
                    pairs_per_second=self.pairs / seconds,
                    tokens_per_second=self.tokens * self.world / seconds,

@@ -222,12 +222,10 @@ class Graphs:
         return self.narrow.standing_in(*both)
 
     def _reserve(self, size: Size) -> None:
-        """Takes what the largest of the usual sizes will need at once and lets it go: in pieces of
-        the first size the pool would hold larger sizes badly."""
-        numbers = sum(p.numel() for p in self.parameters)
+        """Takes the memory of the first size in one piece and lets it go, with a seventh to spare:
+        in pieces of the first size's tensors the pool would hold the next size's badly."""
         per_token = kept_bytes(self.model.model.config, getattr(torch, self.dtype))
-        room = int(1.15 * size.tokens) * per_token + 4 * numbers
-        torch.empty(room, dtype=torch.uint8, device=self.device)
+        torch.empty(size.tokens * per_token, dtype=torch.uint8, device=self.device)
 
     def _keep(self, found) -> None:
         """Writes gradients to `totals`, but those that are there already."""
