@@ -679,7 +679,7 @@ def explained(out: Path):
     try:
         yield
     except CaptureError as e:
-        raise BadInput(f"{e}; {checkpoint_kept(out)}. Go on with --graphs off") from e
+        raise BadInput(f"{e}; {checkpoint_kept(out)}. Begin anew with --graphs off") from e
     except NonFiniteStep as e:
         raise BadInput(f"{e}. Training stopped, {checkpoint_kept(out)}. Try a lower --lr, more "
                        "--warmup or --dtype float32") from e

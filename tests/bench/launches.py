@@ -5,9 +5,9 @@
 train.py's own step takes a card's way on a CPU, in bf16, on eight documents (the paper's batches
 are one micro-batch too, so the number changes nothing). Every operator that is neither a view nor
 an allocation counts as the kernels that torch 2.11 launches for it, by its sources (KERNELS; lists
-of tensors by the chunks of its multi-tensor kernels); every Triton launch as one; torch's fused
-attention as one and three. Beside it a loop over Hugging Face's padded forward (autocast, SDPA,
-clipping, fused AdamW). `kept` is what a forward pass leaves for the backward pass, a token.
+of tensors by the chunks of its multi-tensor kernels); every Triton launch as one. Beside it a loop
+over Hugging Face's padded forward (autocast, SDPA, its fused attention as one and three, clipping,
+fused AdamW). `kept` is what a forward pass leaves for the backward pass, a token.
 
 A count is not a time: gpu.md says what a launch costs, `python tests/bench gpu` measures.
 """
@@ -129,10 +129,6 @@ class Attention(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors))
 
 
-def packed_attention(q, k, v, *how):
-    return Attention.apply(q, k, v)
-
-
 def padded_attention(query, key, value, *args, **how):
     return Attention.apply(query, key, value)
 
@@ -147,9 +143,6 @@ def as_on_a_card():
     """Inside, a CPU takes a card's way, Triton's launches and FlashAttention are counted and
     withheld."""
 
-    def backend(q, bias=None, *how):
-        return "torch" if bias is None else "triton"
-
     def withheld(kernel, *args, **kwargs):
         Launches.now.found[kernel.fn.__name__] += 1
 
@@ -159,8 +152,6 @@ def as_on_a_card():
     with contextlib.ExitStack() as stack:
         for target, name, stand_in in (
             (attention, "_gpu_path", True),
-            (attention, "backend", backend),
-            (attention, "_by_torch", packed_attention),
             (losses, "_kernels", True),
             (steps, "to_host", to_host),
             (F, "dropout", dropped),
