@@ -3,10 +3,8 @@
 The paper's recipes score 32 or 64 pairs a step: a few milliseconds of a card, but hundreds of
 kernels, and to launch them takes the host several times as long. A captured pass is one launch.
 
-A graph is of one shape. So batches are padded to `size_of`: T tokens, a multiple of 256, and S
-pairs, one more than a multiple of 16. The tail is pairs of one token, the last one of all that are
-left: no pair and no row is empty, each pair attends to itself alone, and no gradient comes from
-pairs whose scores nobody reads.
+A graph is of one shape. So batches are padded to sizes (kernels.packing): a tail of pairs that
+nobody reads the scores of, from which no gradient comes.
 
 A size is run the first time, captured the second and replayed from then on. It is padded the first
 time too: whether a pass is replayed changes no bit of it (but for what no two runs share, see
@@ -26,46 +24,16 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from kernels import packing
 from kernels.attention import dropout_from, seed_generator
-from kernels.packing import Packed, kept_bytes, one_buffer, to_device
+from kernels.packing import Packed, Size
 
-TOKENS, PAIRS = 256, 16  # steps of the sizes
 MOST = 24  # sizes whose graphs are kept
 
 
 class CaptureError(RuntimeError):
     """A pass does what a graph cannot hold, as waiting for the card."""
-
-
-class Size(NamedTuple):
-    """Of a batch: tokens and pairs, the tail included."""
-
-    tokens: int
-    pairs: int
-
-
-def size_of(packed: Packed) -> Size:
-    """The least size that holds the batch and a tail of at least one pair."""
-    count = len(packed.lengths)
-    pairs = -(-count // PAIRS) * PAIRS + 1
-    tokens = sum(packed.lengths) + pairs - count
-    return Size(-(-tokens // TOKENS) * TOKENS, pairs)
-
-
-def padded(packed: Packed, size: Size) -> Packed:
-    """The batch, on the host, with its tail of [CLS] tokens at the first position."""
-    count, used = len(packed.lengths), sum(packed.lengths)
-    tail = [1] * (size.pairs - count)
-    tail[-1] = size.tokens - used - len(tail) + 1
-
-    def filled(tensor):
-        return F.pad(tensor, (0, size.tokens - used), value=int(tensor[0]))
-
-    ends = used + torch.tensor(tail, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Packed(filled(packed.input_ids), filled(packed.token_types), filled(packed.positions),
-                  torch.cat([packed.cu_seqlens, ends]), packed.lengths + tail)
 
 
 def captured(run: Callable[[], None], pool) -> torch.cuda.CUDAGraph:
@@ -82,8 +50,8 @@ class Passes(NamedTuple):
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     inputs: torch.Tensor  # int32, as one_buffer lays them out
-    scores: torch.Tensor  # fp32 [S]
-    slopes: torch.Tensor  # fp32 [S], d loss / d scores
+    scores: torch.Tensor  # fp32, of the tail too
+    slopes: torch.Tensor  # likewise, d loss / d scores
 
 
 class Graphs:
@@ -100,7 +68,7 @@ class Graphs:
         self.device = model.device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.narrow = model.narrow(torch.bfloat16) if dtype == "bfloat16" else None
-        self.longest = max(model.pair_length(model.query_length, model.doc_length), TOKENS)
+        self.longest = max(model.pair_length(model.query_length, model.doc_length), packing.TOKENS)
         self.pads = self.captures = model.fixed_launches
         self.uses: Counter[Size] = Counter()
         self.kept: dict[Size, Passes] = {}
@@ -113,10 +81,10 @@ class Graphs:
         self.replayed = None
         if not self.pads or max(packed.lengths) > self.longest:  # texts beyond the model's lengths
             return self._run(packed, seed)
-        size, count = size_of(packed), len(packed.lengths)
-        batch = padded(packed, size)
-        host, places = one_buffer(batch.tensors())
-        (inputs,) = to_device(self.device, host)
+        size, count = packing.size_of(packed), len(packed.lengths)
+        batch = packing.padded(packed, size)
+        host, places = packing.one_buffer(batch.tensors())
+        (inputs,) = packing.to_device(self.device, host)
         # all that the host may know of batches of a size: the longest length that there can be
         batch = replace(batch.holding([inputs[place] for place in places]),
                         lengths=[self.longest] * size.pairs)
@@ -129,7 +97,8 @@ class Graphs:
         passes.inputs.copy_(inputs)
         seed_generator(seed, self.device)
         self.seed.fill_(seed)
-        self._refresh()
+        if self.narrow:
+            self.narrow.refresh()
         passes.forward.replay()
         return passes.scores[:count]
 
@@ -153,15 +122,9 @@ class Graphs:
     def _run(self, batch: Packed, seed: int | torch.Tensor, parameters=None) -> torch.Tensor:
         """The forward pass with autograd's graph. parameters: {name: tensor} in place of the
         model's own."""
-        bf16 = self.dtype == "bfloat16"
-        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.narrow is not None)
         with torch.enable_grad(), dropout_from(seed, self.device), cast:
             return torch.func.functional_call(self.model, parameters or {}, (batch,))
-
-    def _refresh(self) -> None:
-        """What a replay reads in place of the weights, as they are now."""
-        if self.narrow:
-            self.narrow.refresh()
 
     def _worth(self, size: Size) -> bool:
         """Whether to capture: it was seen before, and where there is no room more often than the
@@ -203,7 +166,8 @@ class Graphs:
                 out = under_way.pop()
                 self._keep(torch.autograd.grad(out, leaves, slopes, allow_unused=True))
 
-        self._refresh()
+        if self.narrow:
+            self.narrow.refresh()
         try:
             passes = captured(forward, self.pool), captured(backward, self.pool)
         except torch.OutOfMemoryError:
@@ -224,7 +188,7 @@ class Graphs:
     def _reserve(self, size: Size) -> None:
         """Takes the memory of the first size in one piece and lets it go, with a seventh to spare:
         in pieces of the first size's tensors the pool would hold the next size's badly."""
-        per_token = kept_bytes(self.model.model.config, getattr(torch, self.dtype))
+        per_token = packing.kept_bytes(self.model.model.config, getattr(torch, self.dtype))
         torch.empty(size.tokens * per_token, dtype=torch.uint8, device=self.device)
 
     def _keep(self, found) -> None:

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+TOKENS, PAIRS = 256, 16  # steps of the sizes that batches are padded to
 
 
 @dataclass
@@ -55,6 +59,37 @@ def one_buffer(tensors) -> tuple[torch.Tensor, list[slice]]:
     for place, t in zip(places, tensors, strict=True):
         together[place] = t
     return together, places
+
+
+class Size(NamedTuple):
+    """Of a batch: tokens, a multiple of TOKENS, and pairs, one more than a multiple of PAIRS."""
+
+    tokens: int
+    pairs: int
+
+
+def size_of(packed: Packed) -> Size:
+    """The least size that holds the batch and a tail of at least one pair."""
+    count = len(packed.lengths)
+    pairs = -(-count // PAIRS) * PAIRS + 1
+    tokens = sum(packed.lengths) + pairs - count
+    return Size(-(-tokens // TOKENS) * TOKENS, pairs)
+
+
+def padded(packed: Packed, size: Size) -> Packed:
+    """The batch, on the host, and a tail of [CLS] tokens at the first position: pairs of one token,
+    the last one of all that are left. So no pair and no row is empty, and each pair attends to
+    itself alone."""
+    count, used = len(packed.lengths), sum(packed.lengths)
+    tail = [1] * (size.pairs - count)
+    tail[-1] = size.tokens - used - len(tail) + 1
+
+    def filled(tensor):
+        return F.pad(tensor, (0, size.tokens - used), value=int(tensor[0]))
+
+    ends = used + torch.tensor(tail, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Packed(filled(packed.input_ids), filled(packed.token_types), filled(packed.positions),
+                  torch.cat([packed.cu_seqlens, ends]), packed.lengths + tail)
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, threads: int = 1) -> list[list[int]]:

@@ -179,6 +179,7 @@ runpy.run_path(sys.path[0] + "/train.py", run_name="__main__")
 """
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU alone")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's malloc alone")
 def test_threads_of_the_command_share_one_malloc_arena(place, tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}

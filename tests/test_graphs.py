@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bench.step import batch_of, positive_first, step_of
-from kernels import attention, graphs, layers
-from kernels.graphs import Graphs, Size, padded, size_of
+from kernels import attention, graphs, layers, packing
+from kernels.graphs import Graphs
+from kernels.packing import Size, padded, size_of
 from test_encoder import ARCHITECTURES, build, random_sides
 
 CPU = torch.device("cpu")
@@ -94,8 +95,8 @@ def on_a_card(monkeypatch):
     monkeypatch.setattr(layers, "fuses", lambda x: False)
     monkeypatch.setattr(graphs, "captured", Run)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(graphs, "TOKENS", 16)
-    monkeypatch.setattr(graphs, "PAIRS", 4)
+    monkeypatch.setattr(packing, "TOKENS", 16)
+    monkeypatch.setattr(packing, "PAIRS", 4)
     monkeypatch.setattr(Run, "count", 0)
 
 
@@ -135,7 +136,7 @@ def test_replayed_steps_are_those_that_run(on_a_card, name, dtype):
 
 def test_nothing_of_an_earlier_replay_is_left(on_a_card, monkeypatch):
     """Neither what was not finite nor the slope of a pair that is now of the tail."""
-    monkeypatch.setattr(graphs, "TOKENS", 48)
+    monkeypatch.setattr(packing, "TOKENS", 48)
     encoder = build("bert").train()
     encoder.unused = torch.nn.Parameter(torch.zeros(2))
     own, packed = Graphs(encoder, "float32"), encoder.pack(*random_sides(SIDES))

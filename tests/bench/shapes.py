@@ -256,7 +256,8 @@ def measure_scoring(section, table, name, encoder, ids, makers, profile=()):
 def lists(section):
     """One RankNet step over one list of 100, 400 and 1,600 documents of 91 tokens each: as train.py
     keeps activations by itself, then in two passes (keep 0) of micro-batches of 4,096 tokens, where
-    memory at 1,600 may be 1.15 times that at 100. It is compared with itself."""
+    memory at 1,600 may be 1.15 times that at 100. It is compared with itself, kernel by kernel
+    (train.py would replay the list of 100, one micro-batch, as CUDA graphs)."""
     sizes = (4, 8) if section.tiny else (100, 400, 1600)
     for name in ("MiniLM-L12", "BERT-base"):
         for documents in sizes:
