@@ -20,6 +20,7 @@ import transformers as hf
 import data.cache
 import evaluate
 import rerank
+import teacher
 import toy
 import train
 from data.first_stages import SPLADE, bm25
@@ -369,6 +370,81 @@ def rerank_flags(monkeypatch, call: list[str]):
     assert call[0] == "rerank.py"
     monkeypatch.setattr(sys, "argv", call)
     return rerank.parse()
+
+
+WORKER = """#!/usr/bin/env bash
+case $1 in -) exec "$REAL" "$@" ;; esac
+printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
+all="$*"; score=0.5
+case $all in *"--loss $FAIL "*) exit 1 ;; *"--loss kl "*"--lr 1e-4"*) score=0.6 ;; esac
+while [ $# -gt 1 ] && [ "$1" != --out ]; do shift; done
+case $all in
+    train.py*) mkdir -p "$2"; touch "$2/README.md"; echo "{\\"score\\": $score}" > "$2/log.jsonl" ;;
+    teacher.py*) touch "$2" ;;
+    rerank.py*) for folder in "$2"/*/; do  # the relevant document first, for seed 1 alone
+        order="b a"; case $folder in *seed1/) order="a b" ;; esac
+        printf 'q Q0 %s 1 2 x\\nq Q0 %s 2 1 x\\n' $order | gzip > "${folder}wikiqa-test.run.gz"
+    done ;;
+esac
+"""
+
+
+def test_the_study_on_wikiqa(tmp_path, monkeypatch):
+    """results/wikiqa.sh, with a `python` as above: every call parses; a failed run is named, and
+    alone made when the study goes on; the members learn from the candidates and everybody else from
+    one file; what is best on dev, of equals the lower rate, gets the other seeds."""
+    wikiqa, out, calls = tmp_path / "wikiqa", tmp_path / "out", tmp_path / "calls"
+    (wikiqa / "qrels").mkdir(parents=True)
+    (wikiqa / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
+    (tmp_path / "python").write_text(WORKER)
+    (tmp_path / "python").chmod(0o755)
+
+    def study(**variables):
+        calls.write_text("")
+        env = {**os.environ, "CALLS": str(calls), "FAIL": "none", "REAL": sys.executable,
+               "PYTHON": str(tmp_path / "python"), "OUT_DIR": str(out), "JOBS": "1",
+               "LRS": "1e-4 3e-5", "SEEDS": "1 2", "WIKIQA": str(wikiqa), **variables}
+        done = subprocess.run(["bash", "results/wikiqa.sh", "minilm"], cwd=ROOT, env=env,
+                              capture_output=True, text=True)
+        made = [line.split() for line in calls.read_text().splitlines()]
+        return done, {script: [call for call in made if call[0] == f"{script}.py"]
+                      for script in ("train", "teacher", "rerank", "evaluate")}
+
+    done, made = study(FAIL="hinge")
+    assert done.returncode == 1 and not made["teacher"]
+    assert "members-hinge-lr1e-4-steps320-seed1 members-hinge-lr3e-5" in done.stderr
+    done, made = study()
+    assert (done.returncode, done.stderr) == (0, "")
+    cells = [train.parse(call[1:]) for call in made["train"]]
+    candidates, teacher_run = wikiqa / "runs/candidates.train.txt", out / "teacher.run"
+    chosen = dict.fromkeys(losses.LOSSES, 3e-5) | {"kl": 1e-4}
+    assert {(a.lists, a.loss, a.lr, a.seed) for a in cells} == {
+        *((str(candidates), "hinge", lr, 1) for lr in (1e-4, 3e-5)),
+        *((str(teacher_run), loss, lr, 1) for loss in chosen for lr in (1e-4, 3e-5)),
+        *((str(teacher_run), loss, lr, 2) for loss, lr in chosen.items())}
+    assert {(a.negatives, a.batch_size, a.list_size, a.steps, a.eval_measure, a.eval_dataset[0])
+            for a in cells} == {("shared", 8, 8, 320, "AP", str(wikiqa / "dev"))}
+    taught = {a.dataset: a for a in (teacher.parse(call[1:]) for call in made["teacher"])}
+    scored = taught[str(wikiqa / "train")]
+    assert (scored.run, scored.out, len(scored.model)) == (candidates, teacher_run, 3)
+    (call,) = made["rerank"]
+    assert {Path(model).name for model in rerank_flags(monkeypatch, call).model} == {
+        f"{loss}-lr{'1e-4' if loss == 'kl' else '3e-5'}-steps320-seed{seed}"
+        for loss in chosen for seed in (1, 2)}
+    baselines = [evaluate.parse_args(call[1:]).baseline for call in made["evaluate"]]
+    assert [b and Path(b).parent.name.partition("-")[0] for b in baselines] == ["bce", "mse", None]
+    written = (out / "study.md").read_text()
+    assert "| kl | lr1e-4-steps320 | lr3e-5-steps320 0.5000, lr1e-4-steps320 0.6000 |" in written
+    assert "| mse-lr3e-5-steps320 | 1: 1.0000, 2: 0.5000 | 0.7500 | 0.3536 |" in written
+
+    assert study(LISTS="recipe")[0].returncode == 2  # in the folder of the other
+    _, made = study(LISTS="recipe", OUT_DIR=str(tmp_path / "own"), TEACHER=str(teacher_run),
+                    LRS="1e-4", SEEDS="1")
+    cells = [train.parse(call[1:]) for call in made["train"]]
+    assert {(a.lists, a.negatives) for a in cells} == {(str(teacher_run), "recipe")}
+    assert {a.loss: (a.batch_size, a.list_size) for a in cells} == {
+        "bce": (32, 2), "hinge": (32, 2), "marginmse": (32, 2), "infonce": (8, 8), "mse": (8, 8),
+        "ranknet": (6, 50), "adrmse": (6, 50), "kl": (6, 50)}
 
 
 def test_the_hours_of_the_readme_are_those_of_the_formulas(capsys):
