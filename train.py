@@ -93,7 +93,7 @@ def parse(argv=None) -> argparse.Namespace:
     command.add_model_flags(parser)
     add("--graphs", choices=["auto", "on", "off"], default="auto",
         help="on CUDA, replay the passes of a step as CUDA graphs instead of launching kernel by "
-        "kernel (default auto: in bfloat16)")
+        "kernel (default auto: in bfloat16 on one card)")
     args = parser.parse_args(argv)
     refuse_contradictions(args, parser.error)
     args = recipe(args)
@@ -647,9 +647,10 @@ def exact_step(args: argparse.Namespace, model, optimizer, rank: int, world: int
     from kernels.graphs import Graphs
     from kernels.step import Step
 
-    wanted = {"on": True, "off": False, "auto": args.dtype == "bfloat16"}[args.graphs]
-    on_card = model.device.type == "cuda"
-    graphs = Graphs(model, args.dtype, warn=say) if on_card and wanted else None
+    # over several cards graphs were never tried
+    auto = model.device.type == "cuda" and args.dtype == "bfloat16" and world == 1
+    wanted = {"on": True, "off": False, "auto": auto}[args.graphs]
+    graphs = Graphs(model, args.dtype, warn=say) if wanted else None
     gradient = ListGradient(model, getattr(losses, args.loss), seed=args.seed, dtype=args.dtype,
                             max_tokens=args.max_tokens, rank=rank, world=world, graphs=graphs,
                             reserve=0 if optimizer.state else 2)  # AdamW's two moments
