@@ -118,9 +118,7 @@ class ListGradient:
             seed = seed_of(self.seed, step, self.rank, m)
             if graphs:
                 return graphs.scores(packed, seed)
-            cast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
-            with torch.set_grad_enabled(graph), dropout_from(seed, device), cast:
-                return self.model(packed)
+            return scored(self.model, packed, seed, device, self.dtype, graph)
 
         outs = self._agreed(lambda: list(self.each(partial(scores_of, graph=one_pass),
                                                    range(len(parts)))))
@@ -231,6 +229,14 @@ class ListGradient:
             raise torch.OutOfMemoryError(str(failure)) from failure
         finally:
             failure = None  # its traceback holds this frame, and so the failed try's tensors
+
+
+def scored(model, packed, seed, device, dtype: str, graph: bool = True) -> torch.Tensor:
+    """The scores of a micro-batch, its dropout from `seed` (see dropout_from); graph: with that of
+    autograd."""
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.set_grad_enabled(graph), dropout_from(seed, device), cast:
+        return model(packed)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

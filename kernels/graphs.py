@@ -21,12 +21,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from kernels import packing
-from kernels.attention import dropout_from, seed_generator
+from kernels.attention import seed_generator
+from kernels.exact import scored
 from kernels.packing import Packed, Size
 
 MOST = 24  # sizes whose graphs are kept
@@ -80,7 +82,7 @@ class Graphs:
         """fp32 [pairs] of a batch on the host, its dropout from `seed`; `gradients` comes next."""
         self.replayed = None
         if not self.pads or max(packed.lengths) > self.longest:  # texts beyond the model's lengths
-            return self._run(packed, seed)
+            return scored(self.model, packed, seed, self.device, self.dtype)
         size, count = packing.size_of(packed), len(packed.lengths)
         batch = packing.padded(packed, size)
         host, places = packing.one_buffer(batch.tensors())
@@ -92,7 +94,7 @@ class Graphs:
         if size not in self.kept and self._worth(size):
             self._capture(size, inputs, batch)
         if size not in self.kept:
-            return self._run(batch, seed)[:count]
+            return scored(self.model, batch, seed, self.device, self.dtype)[:count]
         self.replayed = passes = self.kept[size]
         passes.inputs.copy_(inputs)
         seed_generator(seed, self.device)
@@ -119,13 +121,6 @@ class Graphs:
         self.kept.clear()
         self.pool = self.totals = self.replayed = None
 
-    def _run(self, batch: Packed, seed: int | torch.Tensor, parameters=None) -> torch.Tensor:
-        """The forward pass with autograd's graph. parameters: {name: tensor} in place of the
-        model's own."""
-        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.narrow is not None)
-        with torch.enable_grad(), dropout_from(seed, self.device), cast:
-            return torch.func.functional_call(self.model, parameters or {}, (batch,))
-
     def _worth(self, size: Size) -> bool:
         """Whether to capture: it was seen before, and where there is no room more often than the
         least used, which goes."""
@@ -151,13 +146,14 @@ class Graphs:
         # own names belong to the stream that it ran on, and a capture may not touch another stream.
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         leaves = [p.detach().requires_grad_() for p in self.parameters]
-        under_way = []
+        by_names = dict(zip(names, leaves, strict=True))
+        model, under_way = partial(torch.func.functional_call, self.model, by_names), []
 
         def forward():
             if first:
                 self._reserve(size)
             with self._standing_in(leaves):
-                out = self._run(batch, self.seed, dict(zip(names, leaves, strict=True)))
+                out = scored(model, batch, self.seed, self.device, self.dtype)
             scores.copy_(out.detach())
             under_way.append(out)
 

@@ -15,7 +15,6 @@ from kernels.graphs import Graphs
 from kernels.packing import Size, padded, size_of
 from test_encoder import ARCHITECTURES, build, random_sides
 
-CPU = torch.device("cpu")
 SIDES = [(1, 0), (3, 9), (2, 30), (5, 4)]
 
 
