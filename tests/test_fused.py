@@ -133,10 +133,12 @@ def check(leaves, used=(True, True), z=1.0, pre_norm=False, branch_bias=None, to
 def test_add_norm(rows, hidden, bias, pre_norm):
     z = factors(rows, hidden, 0.2, 2**40 + 7, 3)
     how = dict(dropout=0.2, seed=seeds(2**40 + 7), site=3)
-    if hidden == 1:  # variance 0: what rounding leaves is multiplied by 1 / sqrt(eps)
-        how["tolerance"] = 1e-5 * EPS**-0.5
-    check(layer(rows, hidden, bias=bias), pre_norm=pre_norm, tolerance=how.get("tolerance", 1e-5))
-    check(layer(rows, hidden, bias=bias, seed=5), z=z, pre_norm=pre_norm, **how)
+    tolerance = 1e-5
+    if hidden == 1 and DEVICE == "cuda":  # variance 0: what rounding leaves times 1 / sqrt(eps)
+        tolerance = 1e-6 * EPS**-0.5
+    check(layer(rows, hidden, bias=bias), pre_norm=pre_norm, tolerance=tolerance)
+    check(layer(rows, hidden, bias=bias, seed=5), z=z, pre_norm=pre_norm, tolerance=tolerance,
+          **how)  # fmt: skip
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
