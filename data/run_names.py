@@ -23,12 +23,12 @@ def run_name(model: str, dataset: str) -> str:
 
 def file_name_of(dataset: str) -> str:
     """The name that the run files of a dataset have, e.g. corpora-mine-test of
-    ./corpora/mine/test."""
+    ../corpora/mine/test: never a hidden file's."""
     return relative(dataset).replace("/", "-")
 
 
 def relative(dataset: str) -> str:
-    return re.sub(r"^(\.?/)+", "", dataset).rstrip("/")
+    return re.sub(r"^(\.{0,2}/)+", "", dataset).rstrip("/")
 
 
 def without_seed(path: str | Path) -> str:
