@@ -1,4 +1,5 @@
-"""What the README's table says can be copied out works in an empty folder, with what it names."""
+"""What the table of kernels/README.md says can be copied out works in an empty folder, with what it
+names."""
 
 import re
 import shutil
@@ -45,8 +46,9 @@ UNITS = {  # unit: (code, what it prints first)
 
 
 def table() -> dict[str, list[str]]:
-    """{unit: what has to lie beside it} of the README's table."""
-    rows = re.findall(r"^\| `([^`]+)` \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.M)
+    """{unit: what has to lie beside it} of that table."""
+    text = (ROOT / "kernels/README.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]*) \|", text, re.M)
     return {unit: re.findall(r"`([^`]+)`", beside) for unit, beside in rows
             if unit.endswith((".py", "/"))}
 

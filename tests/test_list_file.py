@@ -214,9 +214,9 @@ def test_tiny_learns_its_words_from_the_lists(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, train, *words, "--resume") == 0
 
 
-def test_readmes_csv_becomes_lists(tmp_path, monkeypatch):
-    """README's lines, on a table of judged pairs."""
-    readme = (ROOT / "README.md").read_text()
+def test_a_csv_becomes_lists(tmp_path, monkeypatch):
+    """The lines of data/README.md, on a table of judged pairs."""
+    readme = (ROOT / "data/README.md").read_text()
     snippet = re.search(r"^import collections, csv.*?(?=^```)", readme, re.M | re.S)
     (tmp_path / "pairs.csv").write_text(
         'query,passage,label\nwho,"me, myself",1\nwhat,it,0\nwho,they,0\nwhat,this,1\n')
