@@ -482,6 +482,60 @@ def test_models_elsewhere(tmp_path, monkeypatch):
     assert not again and len(judged) == 2
 
 
+PEER = """#!/usr/bin/env bash
+case $1 in -c) exec "$REAL" "$@" ;; esac
+printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
+all="$*"
+while [ $# -gt 1 ] && [ "$1" != --out ]; do shift; done
+row='{"loss": 1, "time": "2026-01-01T00:00:0'
+case $all in
+    *peer.py*bce*"--lr 1e-4"*) echo "best AP 0.7; 1 s" ;;
+    *peer.py*) echo "best AP 0.6; 1 s" ;;
+    train.py*) mkdir -p "$2"; printf '%s1", "step": 2}\\n%s9", "step": 6}' "$row" "$row" \
+        > "$2/log.jsonl" ;;
+    rerank.py*) mkdir -p "${2%/*}"; touch "$2" ;;
+esac
+"""
+
+
+def test_the_peer_beside_the_study(tmp_path):
+    """results/peer.sh: every rate with seed 1, the other seeds at the one that is better on dev (of
+    equals the lower, whose name sorts last), each training once; seconds a step of both."""
+    (tmp_path / "python").write_text(PEER)
+    (tmp_path / "python").chmod(0o755)
+    for cell in ("bce-lr5e-5-steps320-seed1", "infonce-lr1e-4-steps320-seed1"):
+        (tmp_path / "students" / cell).mkdir(parents=True)
+        (tmp_path / "students" / cell / "wikiqa-test.run.gz").touch()
+    calls = tmp_path / "calls"
+
+    def peers(turns):
+        calls.write_text("")
+        env = {**os.environ, "CALLS": str(calls), "REAL": sys.executable, "SEEDS": "1 2",
+               "TURNS": turns, "PYTHON": str(tmp_path / "python")}
+        subprocess.run(["bash", "results/peer.sh", "minilm", str(tmp_path)], cwd=ROOT, env=env,
+                       check=True, capture_output=True)
+        made = [line.split() for line in calls.read_text().splitlines()]
+        return made, [(call[1], train.parse(call[2:])) for call in made if "peer.py" in call[0]]
+
+    made, trained = peers("0")
+    assert {(loss, a.lr, a.seed, a.steps) for loss, a in trained} == {
+        ("bce", 1e-4, 1, 320), ("bce", 5e-5, 1, 320), ("lambda", 1e-4, 1, 320),
+        ("lambda", 5e-5, 1, 320), ("bce", 1e-4, 2, 320), ("lambda", 5e-5, 2, 320)}
+    assert {(a.negatives, a.list_size, a.batch_size, a.lists) for _, a in trained} == {
+        ("shared", 8, 4, str(tmp_path / "teacher.run"))}
+    judged = evaluate.parse_args(made[-1][1:])
+    assert {Path(run).parent.name for run in judged.runs} == {
+        "bce-lr5e-5-steps320-seed1", "infonce-lr1e-4-steps320-seed1", "bce-lr1e-4-seed1",
+        "bce-lr1e-4-seed2", "lambda-lr5e-5-seed1", "lambda-lr5e-5-seed2"}
+    made, trained = peers("1")
+    assert [(loss, a.steps, a.eval_every) for loss, a in trained] == [
+        ("bce", 160, 160), ("lambda", 160, 160)]
+    ours = [train.parse(call[1:]) for call in made if call[0] == "train.py"]
+    assert [(a.loss, a.steps, a.eval_every) for a in ours] == [
+        ("bce", 160, 160), ("infonce", 160, 160)]
+    assert "time-ours-bce-1.seconds:2.0" in (tmp_path / "peer.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_peer_takes_our_steps(tmp_path, monkeypatch, capsys):
     """results/peer.py, without dropout and with next to no rate (its schedule is one step late):
