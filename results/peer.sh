@@ -5,7 +5,8 @@
 #     bash results/peer.sh MODEL runs/wikiqa-shared        after results/study.sh
 #
 # STUDY/peer.md gets the tables. Start it again to go on.
-set -eu
+set -eEu
+trap 'wait; echo "error: a command failed; the newest log in $out says why" >&2' ERR
 MODEL=${1:?the folder of the encoder\'s weights} STUDY=${2:?the folder of results/study.sh}
 DATA=${DATA:-../shared/data/wikiqa}
 LRS=${LRS:-1e-4 5e-5}     # the better one on dev for each loss, seed 1
@@ -32,8 +33,9 @@ cell() { # LOSS LR SEED: one training, and test re-ranked by it
 }
 both() { # LR SEED LR SEED: bce and lambda, a core each
     OMP_NUM_THREADS=1 cell bce "$1" "$2" &
+    local bce=$!
     OMP_NUM_THREADS=1 cell lambda "$3" "$4"
-    wait
+    wait $bce # with its status: a failure of either ends the script
 }
 better() { # LOSS: its rate
     for lr in $LRS; do

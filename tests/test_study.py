@@ -486,6 +486,7 @@ PEER = """#!/usr/bin/env bash
 case $1 in -c) exec "$REAL" "$@" ;; esac
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
 all="$*"
+case $all in *"peer.py $FAIL "*) exit 1 ;; esac
 while [ $# -gt 1 ] && [ "$1" != --out ]; do shift; done
 row='{"loss": 1, "time": "2026-01-01T00:00:0'
 case $all in
@@ -508,15 +509,20 @@ def test_the_peer_beside_the_study(tmp_path):
         (tmp_path / "students" / cell / "wikiqa-test.run.gz").touch()
     calls = tmp_path / "calls"
 
-    def peers(turns):
+    def peers(turns, fail="none"):
         calls.write_text("")
         env = {**os.environ, "CALLS": str(calls), "REAL": sys.executable, "SEEDS": "1 2",
-               "TURNS": turns, "PYTHON": str(tmp_path / "python")}
-        subprocess.run(["bash", "results/peer.sh", "minilm", str(tmp_path)], cwd=ROOT, env=env,
-                       check=True, capture_output=True)
+               "TURNS": turns, "PYTHON": str(tmp_path / "python"), "FAIL": fail}
+        done = subprocess.run(["bash", "results/peer.sh", "minilm", str(tmp_path)], cwd=ROOT,
+                              env=env, capture_output=True, text=True)
+        assert (done.returncode, "error:" in done.stderr) == ((0, False) if fail == "none"
+                                                              else (1, True)), done.stderr
         made = [line.split() for line in calls.read_text().splitlines()]
         return made, [(call[1], train.parse(call[2:])) for call in made if "peer.py" in call[0]]
 
+    for loss in ("bce", "lambda"):  # either of the two that run side by side
+        assert "evaluate.py" not in [call[0] for call in peers("0", fail=loss)[0]]
+    shutil.rmtree(tmp_path / "peer")
     made, trained = peers("0")
     assert {(loss, a.lr, a.seed, a.steps) for loss, a in trained} == {
         ("bce", 1e-4, 1, 320), ("bce", 5e-5, 1, 320), ("lambda", 1e-4, 1, 320),
