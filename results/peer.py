@@ -1,16 +1,21 @@
 """sentence-transformers' CrossEncoderTrainer on the very batches that train.py draws.
 
-    python results/peer.py bce|lambda FLAGS of train.py
+    python results/peer.py --loss bce|lambda FLAGS of train.py
+    TRAIN=results/peer.py LOSSES="bce lambda" TEACHER=... bash results/study.sh MODEL
 
 bce is BinaryCrossEntropyLoss; lambda is LambdaLoss, of the listwise ones the one that its
 documentation recommends. The flags name backbone, data, lists, rate, steps, seed, precision,
-validation and output folder, so that nothing stands twice. The best of the validations is kept, as
-train.py does. Last it prints the seconds of training, validations left out.
+validation and output folder, so that nothing stands twice. The best of the validations is kept and
+written down in log.jsonl, as train.py does; an interrupted run starts afresh. Last it prints the
+seconds of training, validations left out.
 
 Needs `pip install "sentence-transformers[train]"`.
 """
 
+import argparse
 import itertools
+import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -74,6 +79,9 @@ class Validation(TrainerCallback):
 
     def __init__(self, args, model: CrossEncoder) -> None:
         self.args, self.model, self.best, self.seconds = args, model, -1.0, 0.0
+        self.folder = args.out.with_name(f"{args.out.name}.part")  # until all is trained
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
         ((_, self.texts, self.run),) = train.Validation(
             args.eval_dataset, args.eval_run, args.eval_measure, args.eval_depth, None, 0, 1).sets
 
@@ -82,10 +90,11 @@ class Validation(TrainerCallback):
             return
         start = time.perf_counter()
         value = self.measured()
-        print(f"step {state.global_step}: {self.args.eval_measure} {value:.4f}", flush=True)
+        with open(self.folder / "log.jsonl", "a") as log:
+            print(json.dumps({"step": state.global_step, "score": value}), file=log)
         if value > self.best:
             self.best = value
-            self.model.save_pretrained(str(self.args.out))
+            self.model.save_pretrained(str(self.folder))
         self.seconds += time.perf_counter() - start
 
     def measured(self) -> float:
@@ -99,30 +108,34 @@ class Validation(TrainerCallback):
         return mean(evaluate(self.texts.qrels, run, [measure]))[measure]
 
 
-def main(loss: str, flags: list[str]) -> None:
-    args = train.parse(["--loss", "bce" if loss == "bce" else "infonce", *flags])
+def main(flags: list[str]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--loss", choices=["bce", "lambda"], required=True)
+    chosen, flags = parser.parse_known_args(flags)
+    args = train.parse(["--loss", "bce" if chosen.loss == "bce" else "infonce", *flags])
     rows, sizes = rows_of(args)
     model = CrossEncoder(str(args.backbone), num_labels=1,
                          max_length=args.query_length + args.doc_length + 3)
-    if loss == "bce":
+    if chosen.loss == "bce":
         objective = losses.BinaryCrossEntropyLoss(model)
     else:
         objective = losses.LambdaLoss(model, mini_batch_size=-1)  # all pairs of a step at once
+    validation = Validation(args, model)
     settings = CrossEncoderTrainingArguments(
-        str(args.out), num_train_epochs=1, per_device_train_batch_size=max(sizes),
+        str(validation.folder), num_train_epochs=1, per_device_train_batch_size=max(sizes),
         batch_sampler=lambda *_, **__: Steps(sizes), learning_rate=args.lr,
         warmup_steps=args.warmup, weight_decay=args.weight_decay, max_grad_norm=args.clip,
         bf16=args.dtype == "bfloat16", use_cpu=True, seed=args.seed, save_strategy="no",
         report_to="none", disable_tqdm=True, logging_steps=args.eval_every)
-    validation = Validation(args, model)
     trainer = CrossEncoderTrainer(model, settings, Dataset.from_list(rows), loss=objective,
                                   callbacks=[validation])
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start - validation.seconds
+    validation.folder.rename(args.out)
     print(f"best {args.eval_measure} {validation.best:.4f}; {args.steps} steps, "
           f"{sum(sizes):,} rows: {seconds:.1f} s without validations")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1:])

@@ -15,6 +15,8 @@ DATA=${DATA:-../shared/data/wikiqa}     # splits train, dev and test
 CANDIDATES=${CANDIDATES:-$DATA/runs/candidates} # what is learned from and re-ranked: .SPLIT.txt
 LISTS=${LISTS:-shared}                  # shared: 4 lists of 8 documents a step for every loss
 TEACHER=${TEACHER:-}                    # a run over the train candidates; none: it is made here
+LOSSES=${LOSSES:-bce hinge infonce marginmse ranknet adrmse kl mse}
+TRAIN=${TRAIN:-train.py}                # results/peer.py: sentence-transformers, LOSSES="bce lambda"
 LRS=${LRS:-1e-4 5e-5}                   # chosen from by AP on dev; the teacher's members: the first
 EVAL_QUERIES=${EVAL_QUERIES:-}          # of dev, for the choice; none: all
 STEPS=${STEPS:-320}                     # chosen from likewise, where there are several
@@ -24,14 +26,15 @@ UNTIL=${UNTIL:-9999999999}              # no training starts after this second o
 PYTHON=${PYTHON:-python}
 OUT_DIR=${OUT_DIR:-runs/${DATA##*/}-$LISTS}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MODEL DATA CANDIDATES LISTS EVAL_QUERIES UNTIL PYTHON
-export OUT_DIR
-labels="bce hinge infonce" losses="$labels marginmse ranknet adrmse kl mse"
+export TRAIN OUT_DIR
+labels="bce hinge infonce" # the teacher's members
 teacher=${TEACHER:-$OUT_DIR/teacher.run}
 trap 'exit 130' INT
 
 mkdir -p "$OUT_DIR/logs" || exit
 rm -f "$OUT_DIR/failed" "$OUT_DIR/left"
-settings="MODEL=$MODEL DATA=$DATA CANDIDATES=$CANDIDATES LISTS=$LISTS TEACHER=$TEACHER"
+settings="MODEL=$MODEL DATA=$DATA CANDIDATES=$CANDIDATES LISTS=$LISTS TEACHER=$TEACHER \
+TRAIN=$TRAIN"
 [ -e "$OUT_DIR/settings" ] || echo "$settings" > "$OUT_DIR/settings"
 if [ "$(< "$OUT_DIR/settings")" != "$settings" ]; then
     echo "error: $OUT_DIR was begun with $(< "$OUT_DIR/settings"); name another OUT_DIR" >&2
@@ -50,7 +53,7 @@ cell() { # FOLDER LISTS-FILE LR STEPS SEED LOSS: one training
         recipe-bce|recipe-hinge|recipe-marginmse) size=2 batch=16 ;;
         recipe-ranknet|recipe-adrmse|recipe-kl) size=50 batch=3 ;; # all candidates, 10 on average
     esac
-    logged "$1-$name" "$PYTHON" train.py --backbone "$MODEL" --loss "$6" --dataset "$DATA/train" \
+    logged "$1-$name" "$PYTHON" "$TRAIN" --backbone "$MODEL" --loss "$6" --dataset "$DATA/train" \
         --lists "$2" --negatives "$LISTS" --list-size $size --batch-size $batch --lr "$3" \
         --steps "$4" --seed "$5" --eval-dataset "$DATA/dev" --eval-measure AP \
         --eval-run "$CANDIDATES.dev.txt" --eval-every $((($4 + 3) / 4)) \
@@ -65,7 +68,7 @@ grid() { # RATES losses...: each at every rate and number of steps, seed 1
     for n in $STEPS; do for lr in $1; do printf "$lr $n 1 %s\n" "${@:2}"; done; done
 }
 choose() { # FOLDER: LOSS-SETTING that is best on dev, of each loss; all values in FOLDER-dev.md
-    "$PYTHON" - "$OUT_DIR/$1" $losses << 'PYTHON'
+    "$PYTHON" - "$OUT_DIR/$1" $LOSSES << 'PYTHON'
 import json, re, sys
 from pathlib import Path
 
@@ -137,7 +140,7 @@ fi
 
 stage "3: every loss on the teacher's lists, seed 1"
 # those on labels too: lists are drawn in the order of their file, so one file makes them the same
-[ -e "$teacher" ] && grid "$LRS" $losses | cells students "$teacher"
+[ -e "$teacher" ] && grid "$LRS" $LOSSES | cells students "$teacher"
 
 stage "4: the other seeds at the chosen rate"
 folder=students

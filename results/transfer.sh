@@ -17,14 +17,9 @@ for collection in $DEPTHS; do
     name=${collection%=*} depth=${collection#*=}
     first=$SHARED/$name/runs/bm25.test.top100.txt
     [ -e "$first" ] || first=$SHARED/$name/runs/bm25.top100.txt
-    mkdir -p "$folder/$name"
-    runs=()
-    for model in "${models[@]}"; do
-        run=$folder/$name/${model##*/}.run.gz
-        [ -e "$run" ] || "$PYTHON" rerank.py --model "$model" --dataset "$SHARED/$name" \
-            --run "$first" --depth "$depth" --out "$run"
-        runs+=("$run")
-    done
+    "$PYTHON" rerank.py --model "${models[@]}" --dataset "$SHARED/$name" --run "$first" \
+        --depth "$depth" --out "$folder" # into the model's folder each; what is finished stays
+    runs=("$folder"/*/*-"$name.run.gz")
     printf '\n## %s, the first %s of BM25\n\n' "$name" "$depth"
     "$PYTHON" evaluate.py --dataset "$SHARED/$name" "$first" "${runs[@]}" \
         --baseline "$first" --measures nDCG@10 RR@10

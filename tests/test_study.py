@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -375,7 +376,8 @@ all="$*"; score=0.5
 case $all in *"--loss $FAIL "*) exit 1 ;; *"--loss kl "*"--lr 1e-4"*) score=0.6 ;; esac
 while [ $# -gt 1 ] && [ "$1" != --out ]; do shift; done
 case $all in
-    train.py*) mkdir -p "$2"; touch "$2/README.md"; echo "{\\"score\\": $score}" > "$2/log.jsonl" ;;
+    train.py*|results/peer.py*) mkdir -p "$2"; touch "$2/README.md"
+        echo "{\\"score\\": $score}" > "$2/log.jsonl" ;;
     teacher.py*) touch "$2" ;;
     rerank.py*) for folder in "$2"/*/; do  # the relevant document first, for seed 1 alone
         order="b a"; case $folder in *seed1/) order="a b" ;; esac
@@ -406,7 +408,7 @@ def test_the_study_on_wikiqa(tmp_path, monkeypatch):
                               capture_output=True, text=True)
         made = [line.split() for line in calls.read_text().splitlines()]
         return done, {script: [call for call in made if call[0] == f"{script}.py"]
-                      for script in ("train", "teacher", "rerank", "evaluate")}
+                      for script in ("train", "results/peer", "teacher", "rerank", "evaluate")}
 
     done, made = study(FAIL="hinge")
     assert done.returncode == 1 and not made["teacher"]
@@ -444,10 +446,66 @@ def test_the_study_on_wikiqa(tmp_path, monkeypatch):
         "bce": (16, 2), "hinge": (16, 2), "marginmse": (16, 2), "infonce": (4, 8), "mse": (4, 8),
         "ranknet": (3, 50), "adrmse": (3, 50), "kl": (3, 50)}
 
+    done, made = study(OUT_DIR=str(tmp_path / "peer"), TEACHER=str(teacher_run), SEEDS="1",
+                       TRAIN="results/peer.py", LOSSES="bce lambda", LRS="1e-4")
+    assert (done.returncode, done.stderr) == (0, "") and not made["train"]
+    assert [call[call.index("--loss") + 1] for call in made["results/peer"]] == ["bce", "lambda"]
+    assert {Path(model).name for model in rerank_flags(monkeypatch, *made["rerank"]).model} == {
+        "bce-lr1e-4-steps320-seed1", "lambda-lr1e-4-steps320-seed1"}
+
+
+def test_a_teacher_that_saw_more(tmp_path, monkeypatch):
+    """results/bi_encoder.py, with vectors of known angles that are not of length one: the cosine of
+    each pair; and its mean with the scores of a run, on their mean and deviation."""
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import bi_encoder
+
+    (tmp_path / "queries.jsonl").write_text("".join(
+        json.dumps({"_id": q, "text": text}) + "\n" for q, text in (("q", "0"), ("p", "90"))))
+    (tmp_path / "corpus.jsonl").write_text("".join(
+        json.dumps({"_id": d, "title": "", "text": d[1:]}) + "\n" for d in ("d60", "d0", "d90")))
+    (tmp_path / "first.run").write_text("q Q0 d0 1 5 x\nq Q0 d60 2 3 x\np Q0 d60 1 1 x\n")
+
+    class Angles:
+        def __init__(self, name):
+            assert name == "minilm"
+
+        def encode(self, texts, **_):
+            angles = np.radians([float(text) for text in texts])
+            return 3 * np.stack([np.cos(angles), np.sin(angles)], 1)
+
+    def made(*flags):
+        flags = ["minilm", tmp_path, tmp_path / "first.run", tmp_path / "out.run", *flags]
+        monkeypatch.setattr(sys, "argv", ["bi_encoder.py", *map(str, flags)])
+        monkeypatch.setattr(bi_encoder, "SentenceTransformer", Angles)
+        bi_encoder.main()
+        run = read_run(tmp_path / "out.run")
+        return [run["q"]["d0"], run["q"]["d60"], run["p"]["d60"]]
+
+    cosines = [1, 0.5, 3**0.5 / 2]
+    assert made() == pytest.approx(cosines)
+    mean, deviation = statistics.fmean(cosines), statistics.pstdev(cosines)
+    assert made("--mean") == pytest.approx(
+        [(score + 3 + (8 / 3) ** 0.5 * (cosine - mean) / deviation) / 2
+         for score, cosine in zip((5, 3, 1), cosines, strict=True)])
+
+
+ELSEWHERE = """#!/usr/bin/env bash
+printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
+case $1 in rerank.py)
+    while [ "$1" != --dataset ]; do shift; done
+    for model in bce-lr1e-4-steps320-seed1 kl-lr5e-5-steps320-seed2; do
+        touch "$SHARED/students/$model/x-${2##*/}.run.gz"
+    done ;;
+esac
+"""
+
 
 def test_models_elsewhere(tmp_path, monkeypatch):
-    """results/transfer.sh re-ranks what the study chose, on both collections, and once."""
-    (tmp_path / "python").write_text(STUB)
+    """results/transfer.sh: one call a collection re-ranks what the study chose, each into its
+    model's folder, and what is judged are those runs."""
+    (tmp_path / "python").write_text(ELSEWHERE)
     (tmp_path / "python").chmod(0o755)
     chosen = ("bce-lr1e-4-steps320-seed1", "kl-lr5e-5-steps320-seed2")
     for name in (*chosen, "kl-lr1e-4-steps320-seed1"):
@@ -456,90 +514,69 @@ def test_models_elsewhere(tmp_path, monkeypatch):
         (tmp_path / "students" / name / "x-wikiqa-test.run.gz").touch()
     (tmp_path / "scifact/runs").mkdir(parents=True)
     (tmp_path / "scifact/runs/bm25.test.top100.txt").touch()
-    calls = tmp_path / "calls"
-
-    def transfer():
-        calls.write_text("")
-        env = {**os.environ, "CALLS": str(calls), "FAIL": "", "SHARED": str(tmp_path),
-               "PYTHON": str(tmp_path / "python")}
-        subprocess.run(["bash", "results/transfer.sh", str(tmp_path / "students")], cwd=ROOT,
-                       env=env, check=True, capture_output=True)
-        made = [line.split() for line in calls.read_text().splitlines()]
-        return ([rerank_flags(monkeypatch, call) for call in made if call[0] == "rerank.py"],
-                [evaluate.parse_args(call[1:]) for call in made if call[0] == "evaluate.py"])
-
-    reranked, judged = transfer()
-    firsts = {"trec-dl-2019": "bm25.top100.txt", "scifact": "bm25.test.top100.txt"}
-    depths = {"trec-dl-2019": 100, "scifact": 20}
-    folder = tmp_path / "students"
-    assert {(*a.model, *a.dataset, *a.run, a.depth, a.out) for a in reranked} == {
-        (str(folder / f"{model}"), str(tmp_path / name), tmp_path / name / "runs" / first,
-         depths[name], folder / name / f"{model}.run.gz")
-        for name, first in firsts.items() for model in chosen}
-    assert [(a.dataset, Path(a.baseline).name, len(a.runs)) for a in judged] == [
-        (str(tmp_path / name), first, 3) for name, first in firsts.items()]
-    again, judged = transfer()
-    assert not again and len(judged) == 2
+    calls, folder = tmp_path / "calls", tmp_path / "students"
+    env = {**os.environ, "CALLS": str(calls), "SHARED": str(tmp_path),
+           "PYTHON": str(tmp_path / "python")}
+    subprocess.run(["bash", "results/transfer.sh", str(folder)], cwd=ROOT, env=env, check=True,
+                   capture_output=True)
+    made = [line.split() for line in calls.read_text().splitlines()]
+    reranked = [rerank_flags(monkeypatch, call) for call in made if call[0] == "rerank.py"]
+    judged = [evaluate.parse_args(call[1:]) for call in made if call[0] == "evaluate.py"]
+    firsts = {"trec-dl-2019": ("bm25.top100.txt", 100), "scifact": ("bm25.test.top100.txt", 20)}
+    assert [(*a.dataset, *a.run, a.depth, a.out) for a in reranked] == [
+        (str(tmp_path / name), tmp_path / name / "runs" / first, depth, folder)
+        for name, (first, depth) in firsts.items()]
+    assert {tuple(a.model) for a in reranked} == {tuple(str(folder / name) for name in chosen)}
+    written = {name: [str(folder / model / f"x-{name}.run.gz") for model in chosen]
+               for name in firsts}
+    assert [(a.dataset, Path(a.baseline).name, a.runs[1:]) for a in judged] == [
+        (str(tmp_path / name), first, written[name]) for name, (first, _) in firsts.items()]
 
 
 PEER = """#!/usr/bin/env bash
-case $1 in -c) exec "$REAL" "$@" ;; esac
+case $1 in -) exec "$REAL" "$@" ;; esac
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
 all="$*"
-case $all in *"peer.py $FAIL "*) exit 1 ;; esac
+case $all in *"peer.py --loss $FAIL "*) echo "no memory"; exit 1 ;; esac
 while [ $# -gt 1 ] && [ "$1" != --out ]; do shift; done
+mkdir "$2"
 row='{"loss": 1, "time": "2026-01-01T00:00:0'
 case $all in
-    *peer.py*bce*"--lr 1e-4"*) echo "best AP 0.7; 1 s" ;;
-    *peer.py*) echo "best AP 0.6; 1 s" ;;
-    train.py*) mkdir -p "$2"; printf '%s1", "step": 2}\\n%s9", "step": 6}' "$row" "$row" \
-        > "$2/log.jsonl" ;;
-    rerank.py*) mkdir -p "${2%/*}"; touch "$2" ;;
+    *peer.py*) echo "best AP 0.7000; 80 steps, 2,560 rows: 240.0 s without validations" ;;
+    *) printf '%s1+00:00", "step": 2}\\n{"score": 1}\\n%s9+00:00", "step": 6}\\n{"score": 1}' \
+        "$row" "$row" > "$2/log.jsonl" ;;
 esac
 """
 
 
-def test_the_peer_beside_the_study(tmp_path):
-    """results/peer.sh: every rate with seed 1, the other seeds at the one that is better on dev (of
-    equals the lower, whose name sorts last), each training once; seconds a step of both."""
+def test_the_peer_beside_us_in_time(tmp_path):
+    """results/peer.sh: the same flags for both, in turns; seconds a step, of ours between the
+    first and the last row of the log; a failure is shown and ends it."""
     (tmp_path / "python").write_text(PEER)
     (tmp_path / "python").chmod(0o755)
-    for cell in ("bce-lr5e-5-steps320-seed1", "infonce-lr1e-4-steps320-seed1"):
-        (tmp_path / "students" / cell).mkdir(parents=True)
-        (tmp_path / "students" / cell / "wikiqa-test.run.gz").touch()
     calls = tmp_path / "calls"
 
-    def peers(turns, fail="none"):
+    def timed(fail):
         calls.write_text("")
-        env = {**os.environ, "CALLS": str(calls), "REAL": sys.executable, "SEEDS": "1 2",
-               "TURNS": turns, "PYTHON": str(tmp_path / "python"), "FAIL": fail}
-        done = subprocess.run(["bash", "results/peer.sh", "minilm", str(tmp_path)], cwd=ROOT,
-                              env=env, capture_output=True, text=True)
-        assert (done.returncode, "error:" in done.stderr) == ((0, False) if fail == "none"
-                                                              else (1, True)), done.stderr
-        made = [line.split() for line in calls.read_text().splitlines()]
-        return made, [(call[1], train.parse(call[2:])) for call in made if "peer.py" in call[0]]
+        env = {**os.environ, "CALLS": str(calls), "REAL": sys.executable, "FAIL": fail,
+               "TURNS": "2", "PYTHON": str(tmp_path / "python")}
+        return subprocess.run(["bash", "results/peer.sh", "minilm"], cwd=ROOT, env=env,
+                              capture_output=True, text=True)
 
-    for loss in ("bce", "lambda"):  # either of the two that run side by side
-        assert "evaluate.py" not in [call[0] for call in peers("0", fail=loss)[0]]
-    shutil.rmtree(tmp_path / "peer")
-    made, trained = peers("0")
-    assert {(loss, a.lr, a.seed, a.steps) for loss, a in trained} == {
-        ("bce", 1e-4, 1, 320), ("bce", 5e-5, 1, 320), ("lambda", 1e-4, 1, 320),
-        ("lambda", 5e-5, 1, 320), ("bce", 1e-4, 2, 320), ("lambda", 5e-5, 2, 320)}
-    assert {(a.negatives, a.list_size, a.batch_size, a.lists) for _, a in trained} == {
-        ("shared", 8, 4, str(tmp_path / "teacher.run"))}
-    judged = evaluate.parse_args(made[-1][1:])
-    assert {Path(run).parent.name for run in judged.runs} == {
-        "bce-lr5e-5-steps320-seed1", "infonce-lr1e-4-steps320-seed1", "bce-lr1e-4-seed1",
-        "bce-lr1e-4-seed2", "lambda-lr5e-5-seed1", "lambda-lr5e-5-seed2"}
-    made, trained = peers("1")
-    assert [(loss, a.steps, a.eval_every) for loss, a in trained] == [
-        ("bce", 160, 160), ("lambda", 160, 160)]
-    ours = [train.parse(call[1:]) for call in made if call[0] == "train.py"]
-    assert [(a.loss, a.steps, a.eval_every) for a in ours] == [
-        ("bce", 160, 160), ("infonce", 160, 160)]
-    assert "time-ours-bce-1.seconds:2.0" in (tmp_path / "peer.md").read_text()
+    done = timed("none")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[2:] == [
+        f"| {turn} | {pair} | 2.000 | 3.000 |"
+        for turn in (1, 2) for pair in ("bce and bce", "infonce and lambda")]
+    made = [line.split() for line in calls.read_text().splitlines()]
+    assert [(call[0], call[2]) for call in made[:4]] == [
+        ("train.py", "bce"), ("results/peer.py", "bce"), ("train.py", "infonce"),
+        ("results/peer.py", "lambda")]
+    assert len({tuple(call[3:]) for call in made}) == 1 and len(made) == 8
+    given = train.parse(made[0][1:])
+    assert (given.steps, given.eval_every, given.negatives) == (80, 80, "shared")
+    done = timed("lambda")
+    assert done.returncode == 1 and "no memory" in done.stderr
 
 
 @pytest.mark.slow
@@ -568,13 +605,13 @@ def test_the_peer_takes_our_steps(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, train, "--loss", "bce", "--out", tmp_path / "ours", *words) == 0
     rows = [json.loads(line) for line in (tmp_path / "ours/log.jsonl").read_text().splitlines()]
     capsys.readouterr()
-    peer.main("bce", [str(word) for word in ["--out", tmp_path / "peer", *words]])
+    peer.main([str(word) for word in ["--loss", "bce", "--out", tmp_path / "peer", *words]])
     printed = capsys.readouterr().out
     assert [float(x) for x in re.findall(r"'loss': '([^']+)'", printed)] == pytest.approx(
         [row["loss"] for row in rows if "loss" in row], rel=1e-3)
     scores = [row["score"] for row in rows if "score" in row]
-    assert [float(x) for x in re.findall(r"step \d: AP (\S+)", printed)] == pytest.approx(
-        scores, abs=5e-4)
+    rows = [json.loads(line) for line in (tmp_path / "peer/log.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows] == pytest.approx(scores, abs=5e-4)
     kept = CrossEncoder.from_pretrained(tmp_path / "peer")
     texts = Texts(str(tmp_path / "corpus"), split="dev")
     again = rerank.score_run(kept, texts, {q: run[q] for q in texts.queries})
