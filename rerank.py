@@ -217,8 +217,7 @@ def parse() -> argparse.Namespace:
     add("--model", nargs="+", help="model folders or hub ids, in modules of sentence-transformers "
         "(ettin-reranker) too; without one --first-stage itself is written")
     add_first_stage_flags(parser, nargs="+")
-    add("--out", type=Path, help="the TREC run to write, or the folder of several "
-        "(one that exists, of one too)")
+    add("--out", type=Path, help="the TREC run to write, or the folder of several")
     add("--overwrite", action="store_true", help="replace --out where it exists; in a folder, the "
         "runs that other models, flags or data have made")
     add("--sigmoid", action="store_true", help="scores between 0 and 1, for thresholds, in place "
@@ -278,7 +277,7 @@ def outputs(args: argparse.Namespace) -> list[argparse.Namespace]:
     wanted = [argparse.Namespace(**vars(args) | {"model": model, "dataset": dataset, "run": run})
               for model in args.model or [None]
               for dataset, run in zip(args.dataset, runs, strict=True)]
-    if len(wanted) == 1 and not args.out.is_dir():
+    if len(wanted) == 1:
         command.refuse_overwrite(args.out, args.overwrite, inputs=runs)
         return wanted
     if args.out.exists() and not args.out.is_dir():
@@ -303,7 +302,7 @@ def main() -> int:
         print_ranking(open_model(args.model[0], args), args)
         return 0
     wanted = outputs(args)
-    if wanted[0].out != args.out:
+    if len(wanted) > 1:
         rerank_several(wanted)
         return 0
     (one,) = wanted

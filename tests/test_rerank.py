@@ -573,9 +573,6 @@ def test_several_models_and_datasets(several, tmp_path, monkeypatch, capsys):
     assert opened[2:] == ["runs/toy-seed2/"] and "3 of 4 runs" in capsys.readouterr().err
     assert run(monkeypatch, *several) == 0 and len(opened) == 3
     assert "4 of 4 runs are finished" in capsys.readouterr().err
-    one = ["--model", "runs/toy-seed2", "--dataset", "data/corpus/dev", "--run", "dev.run"]
-    (tmp_path / "runs/toy-seed2" / NAMES[1]).unlink()  # one into the folder: where it was
-    assert run(monkeypatch, *one, "--device", "cpu", "--out", "runs") == 0 and len(opened) == 4
     for seed in (1, 2):
         folder = tmp_path / f"runs/toy-seed{seed}"
         assert sorted(path.name for path in folder.glob("*.run*")) == sorted(
@@ -692,6 +689,7 @@ QUERY = ["--model", "MODEL", "--query", "x"]
     (["--model", "no/such/model", "--query", "x", "f"], "no/such/model"),
     ([*BM25, "--dataset", "no/such"], "no/such"),
     ([*BM25, "--out", "gone/x.run"], "gone"),
+    ([*BM25, "--out", "CORPUS", "--overwrite"], "a folder"),
     ([*TO_X, "--first-stage", "scoreddocs"], "scoreddocs"),
     ([*TO_X, "--first-stage", "nope"], "nope"),
     ([*BM25, "--bogus"], "--bogus"),
