@@ -11,7 +11,6 @@ its [CLS].
 Needs `pip install sentence-transformers`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,15 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
+from data import command  # noqa: E402
 from data.runs import Columns, read_run, run_tag, write_run  # noqa: E402
 from data.texts import Texts  # noqa: E402
+from teacher import read_documents  # noqa: E402
 
 
 def cosines(model: SentenceTransformer, texts: Texts, run: dict) -> np.ndarray:
     """float64 [rows]: the cosine of each query and document of the run, in its order."""
-    docids = list({docid: None for ranked in run.values() for docid in ranked})
-    found, row = texts.documents(docids), {docid: i for i, docid in enumerate(docids)}
-    documents = encoded(model, [found[docid] for docid in docids])
+    found = read_documents(texts, run, list(run), skip_missing=False)
+    row = {docid: i for i, docid in enumerate(found)}
+    documents = encoded(model, list(found.values()))
     queries = encoded(model, [texts.queries[qid] for qid in run])
     values = [documents[[row[d] for d in ranked]] @ query
               for query, ranked in zip(queries, run.values(), strict=True)]
@@ -47,8 +48,8 @@ def mean_of(scores: np.ndarray, cosine: np.ndarray) -> np.ndarray:
     return (scores + scores.mean() + scores.std() * standard) / 2
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main() -> int:
+    parser = command.Parser(description=__doc__.partition("\n")[0])
     for name in ("model", "dataset", "run", "out"):
         parser.add_argument(name)
     parser.add_argument("--mean", action="store_true", help="with the run's own scores")
@@ -57,10 +58,9 @@ def main() -> None:
     values = cosines(SentenceTransformer(args.model), Texts(args.dataset), run)
     if args.mean:
         values = mean_of(Columns.of(run).values, values)
-    rows = iter(values.tolist())
-    write_run(args.out, {qid: {docid: next(rows) for docid in ranked}
-                         for qid, ranked in run.items()}, run_tag(args.model))
+    write_run(args.out, Columns.of(run)._replace(values=values).nested(), run_tag(args.model))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.guarded(main))

@@ -83,7 +83,8 @@ class Validation(TrainerCallback):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         ((_, self.texts, self.run),) = train.Validation(
-            args.eval_dataset, args.eval_run, args.eval_measure, args.eval_depth, None, 0, 1).sets
+            args.eval_dataset, args.eval_run, args.eval_measure, args.eval_depth,
+            args.eval_queries, 0, 1).sets
 
     def on_step_end(self, args, state, control, **_) -> None:
         if state.global_step % self.args.eval_every and state.global_step < self.args.steps:
