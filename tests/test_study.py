@@ -491,6 +491,104 @@ def test_a_teacher_that_saw_more(tmp_path, monkeypatch):
          for score, cosine in zip((5, 3, 1), cosines, strict=True)])
 
 
+MAKER = """#!/bin/bash
+case $1 in -) exec "$REAL" "$@" ;; esac
+printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
+case $1 in
+    results/bi_encoder.py) touch "$5" ;;
+    train.py) ;;
+    *) while [ "$1" != --out ]; do shift; done
+        printf '%s Q0 d 1 1 x\\n' p q r > "$2" ;;
+esac
+"""
+STUDY = """#!/bin/bash
+echo "$@ $DATA $CANDIDATES $TEACHER $LOSSES $STEPS" >> "$CALLS"
+"""
+
+
+def test_what_the_study_on_pydocs_learns_from(tmp_path, monkeypatch):
+    """results/pydocs.sh: BM25's candidates, as many train queries as asked for, three members and
+    their mean with a cosine; then results/study.sh on these. Again: nothing is made anew."""
+    for name, script in (("python", MAKER), ("bash", STUDY)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    env = {**os.environ, "CALLS": str(calls), "REAL": sys.executable, "OUT_DIR": str(out),
+           "PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+           "LOSSES": "bce mse", "QUERIES": "2"}
+
+    def started():
+        calls.write_text("")
+        subprocess.run(["/bin/bash", "results/pydocs.sh", "minilm"], cwd=ROOT, env=env, check=True)
+        made = [line.split() for line in calls.read_text().splitlines()]
+        return made, made.pop()
+
+    made, study = started()
+    assert study == ["results/study.sh", "minilm", "pydocs", str(out / "candidates"),
+                     str(out / "teacher.run"), "bce", "mse", "160"]
+    first = [rerank_flags(monkeypatch, call) for call in made if call[0] == "rerank.py"]
+    assert [(*a.dataset, a.first_stage, a.depth, a.out) for a in first] == [
+        (f"pydocs/{split}", "bm25", depth, out / f"candidates.{split}.txt")
+        for split, depth in (("train", 20), ("dev", 10), ("test", 10))]
+    members = [train.parse(call[1:]) for call in made if call[0] == "train.py"]
+    assert [(a.backbone, a.loss, a.seed, a.steps) for a in members] == [
+        ("tiny", "infonce", 1, 450), ("tiny", "hinge", 2, 450), ("tiny", "bce", 3, 450)]
+    assert len(read_run(out / "part.run")) == 2
+    taught = [teacher.parse(call[1:]) for call in made if call[0] == "teacher.py"]
+    assert [(a.dataset, a.run, a.out) for a in taught] == [
+        ("pydocs/train", out / "part.run", out / "members.train.run"),
+        ("pydocs/test", out / "candidates.test.txt", out / "members.test.run")]
+    assert [call[1:] for call in made if call[0] == "results/bi_encoder.py"] == [
+        ["minilm", f"pydocs/{split}", str(out / f"members.{split}.run"), str(out / to), "--mean"]
+        for split, to in (("train", "teacher.run"), ("test", "teacher.test.run"))]
+    assert [call[0] for call in started()[0]] == 3 * ["train.py"]  # which know what is finished
+
+
+WARMER = """#!/bin/bash
+case $1 in -) exec "$REAL" "$@" ;; esac
+printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
+case $1 in
+    rerank.py) while [ "$1" != --out ]; do shift; done; touch "$2" ;;
+    results/bi_encoder.py) printf 'q3 Q0 c-%s 1 %s x\\n' 0 0.5 1 -0.125 > "$5" ;;
+esac
+"""
+
+
+def test_a_warm_start_reads_nothing_of_dev_and_test(tmp_path, monkeypatch):
+    """results/warm_start.sh: what is left of a collection without the pages and questions that dev
+    and test judge, under whatever id; its cosines, twenty times as large, are what is learned."""
+    wikiqa, out, calls = tmp_path / "wikiqa", tmp_path / "out", tmp_path / "calls"
+    (wikiqa / "runs").mkdir(parents=True)
+    for split, line in (("dev", "q1 Q0 a-0 1 1 x\n"), ("test", "q2 Q0 b-0 1 1 x\n")):
+        (wikiqa / f"runs/candidates.{split}.txt").write_text(line)
+    sentences = {"a-0": "A", "a-1": "A", "b-0": "B", "b9-0": "B", "c-0": "C", "c-1": "C"}
+    questions = {"q1": "who", "q2": "Which one?", "q3": "where", "q4": "which one"}
+    (wikiqa / "corpus.jsonl").write_text("".join(
+        json.dumps({"_id": d, "title": page, "text": d}) + "\n" for d, page in sentences.items()))
+    (wikiqa / "queries.jsonl").write_text("".join(
+        json.dumps({"_id": q, "text": text}) + "\n" for q, text in questions.items()))
+    (tmp_path / "python").write_text(WARMER)
+    (tmp_path / "python").chmod(0o755)
+    env = {**os.environ, "CALLS": str(calls), "REAL": sys.executable, "WIKIQA": str(wikiqa),
+           "PYTHON": str(tmp_path / "python")}
+    subprocess.run(["bash", "results/warm_start.sh", "minilm", str(out)], cwd=ROOT, env=env,
+                   check=True)
+    kept = {kind: re.findall(r'"_id": "(.+?)"', (out / f"unlabelled/{kind}.jsonl").read_text())
+            for kind in ("corpus", "queries")}
+    assert kept == {"corpus": ["c-0", "c-1"], "queries": ["q3"]}
+    first, cosine, training = [line.split() for line in calls.read_text().splitlines()]
+    ranked = rerank_flags(monkeypatch, first)
+    assert (*ranked.dataset, ranked.first_stage, ranked.depth, ranked.out) == (
+        str(out / "unlabelled"), "bm25", 24, out / "bm25.run")
+    assert cosine[1:] == ["minilm", str(out / "unlabelled"), str(out / "bm25.run"),
+                          str(out / "cosine.run")]
+    assert read_run(out / "teacher.run") == {"q3": {"c-0": 10, "c-1": -2.5}}
+    args = train.parse(training[1:])
+    assert (args.backbone, args.loss, args.dataset, args.lists, args.out) == (
+        "minilm", "kl", str(out / "unlabelled"), str(out / "teacher.run"), out / "model")
+    assert (args.list_size, args.batch_size, args.steps, args.lr) == (16, 4, 640, 1e-4)
+
+
 ELSEWHERE = """#!/usr/bin/env bash
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
 case $1 in rerank.py)
