@@ -20,12 +20,13 @@ bm25() { # SPLIT DEPTH
         --depth "$2" --out "$CANDIDATES.$1.txt"
 }
 part() { # of the train queries some, drawn by seed 1
-    [ -e "$OUT_DIR/part.run" ] || "$PYTHON" - "$CANDIDATES.train.txt" "$OUT_DIR/part.run" << PYTHON
+    [ -e "$OUT_DIR/part.run" ] || "$PYTHON" - "$CANDIDATES.train.txt" "$OUT_DIR/part.run" \
+        "$QUERIES" << 'PYTHON'
 import random, sys
 from data.runs import read_run, write_run
 
-run = read_run(sys.argv[1])
-write_run(sys.argv[2], {qid: run[qid] for qid in random.Random(1).sample(sorted(run), $QUERIES)})
+run, number = read_run(sys.argv[1]), int(sys.argv[3])
+write_run(sys.argv[2], {qid: run[qid] for qid in random.Random(1).sample(sorted(run), number)})
 PYTHON
 }
 member() { # LOSS SEED

@@ -8,7 +8,8 @@
 # MODEL, all-MiniLM-L6-v2, learned with the mean of its tokens: as a cross-encoder it starts with a
 # head drawn afresh and a [CLS] that was never used. It reads WikiQA's questions of train and those
 # that no split judges, each with BM25's first 24 sentences, nothing of the pages or questions of
-# dev and test. A third of an hour on a core. Start it again to go on.
+# dev and test; dev's AP chooses among four steps. A third of an hour on a core. Start it again to
+# go on.
 set -eu
 MODEL=${1:?the folder of the weights of all-MiniLM-L6-v2}
 OUT=${2:?the folder to make}

@@ -299,9 +299,20 @@ def test_shared_lists_are_drawn_alike_whatever_the_loss_and_the_budget(place):
 # ------------------------------------------------------------------------------- the README's loops
 
 
-STUB = """#!/usr/bin/env bash
+def a_python(folder: Path, script: str) -> Path:
+    """That only notes in $CALLS what it is called with and does as the script says: a program read
+    from standard input alone is run."""
+    path = folder / "python"
+    path.write_text(NOTE + script)
+    path.chmod(0o755)
+    return path
+
+
+NOTE = """#!/bin/bash
+case $1 in -) exec "$REAL" "$@" ;; esac
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
-[ -z "$FAIL" ] || exit "$FAIL"
+"""
+STUB = """[ -z "$FAIL" ] || exit "$FAIL"
 case $1 in
     train.py|rerank.py) while [ "$1" != --out ]; do shift; done; case $2 in
         *.run.gz) touch "$2" ;; *) mkdir -p "$2/last"; touch "$2/README.md" ;; esac ;;
@@ -315,8 +326,7 @@ def test_the_loops_of_the_readme(tmp_path, monkeypatch):
     first, training, judging = re.findall(
         r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").write_text(STUB)
-    (tmp_path / "bin/python").chmod(0o755)
+    a_python(tmp_path / "bin", STUB)
     calls = tmp_path / "calls"
 
     def bash(script, fail=""):
@@ -369,10 +379,16 @@ def rerank_flags(monkeypatch, call: list[str]):
     return rerank.parse()
 
 
-WORKER = """#!/usr/bin/env bash
-case $1 in -) exec "$REAL" "$@" ;; esac
-printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
-all="$*"; score=0.5
+def collection(folder: Path, queries: dict, documents: dict) -> None:
+    """In BEIR layout: the text of each query, title and text of each document."""
+    rows = [{"_id": qid, "text": text} for qid, text in queries.items()]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"_id": docid, "title": title, "text": text}
+            for docid, (title, text) in documents.items()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+WORKER = """all="$*"; score=0.5
 case $all in *"--loss $FAIL "*) exit 1 ;; *"--loss kl "*"--lr 1e-4"*) score=0.6 ;; esac
 while [ $# -gt 1 ] && [ "$1" != --out ]; do shift; done
 case $all in
@@ -394,15 +410,13 @@ def test_the_study_on_wikiqa(tmp_path, monkeypatch):
     wikiqa, out, calls = tmp_path / "wikiqa", tmp_path / "out", tmp_path / "calls"
     (wikiqa / "qrels").mkdir(parents=True)
     (wikiqa / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
-    (wikiqa / "queries.jsonl").write_text('{"_id": "q", "text": "who"}\n')
-    (wikiqa / "corpus.jsonl").write_text('{"_id": "a", "title": "", "text": "he"}\n')
-    (tmp_path / "python").write_text(WORKER)
-    (tmp_path / "python").chmod(0o755)
+    collection(wikiqa, {"q": "who"}, {"a": ("", "he")})
+    python = a_python(tmp_path, WORKER)
 
     def study(**variables):
         calls.write_text("")
         env = {**os.environ, "CALLS": str(calls), "FAIL": "none", "REAL": sys.executable,
-               "PYTHON": str(tmp_path / "python"), "OUT_DIR": str(out), "JOBS": "1",
+               "PYTHON": str(python), "OUT_DIR": str(out), "JOBS": "1",
                "LRS": "1e-4 3e-5", "SEEDS": "1 2", "DATA": str(wikiqa), **variables}
         done = subprocess.run(["bash", "results/study.sh", "minilm"], cwd=ROOT, env=env,
                               capture_output=True, text=True)
@@ -461,10 +475,7 @@ def test_a_teacher_that_saw_more(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "results")
     import bi_encoder
 
-    (tmp_path / "queries.jsonl").write_text("".join(
-        json.dumps({"_id": q, "text": text}) + "\n" for q, text in (("q", "0"), ("p", "90"))))
-    (tmp_path / "corpus.jsonl").write_text("".join(
-        json.dumps({"_id": d, "title": "", "text": d[1:]}) + "\n" for d in ("d60", "d0", "d90")))
+    collection(tmp_path, {"q": "0", "p": "90"}, {d: ("", d[1:]) for d in ("d60", "d0", "d90")})
     (tmp_path / "first.run").write_text("q Q0 d0 1 5 x\nq Q0 d60 2 3 x\np Q0 d60 1 1 x\n")
 
     class Angles:
@@ -491,10 +502,7 @@ def test_a_teacher_that_saw_more(tmp_path, monkeypatch):
          for score, cosine in zip((5, 3, 1), cosines, strict=True)])
 
 
-MAKER = """#!/bin/bash
-case $1 in -) exec "$REAL" "$@" ;; esac
-printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
-case $1 in
+MAKER = """case $1 in
     results/bi_encoder.py) touch "$5" ;;
     train.py) ;;
     *) while [ "$1" != --out ]; do shift; done
@@ -509,12 +517,12 @@ echo "$@ $DATA $CANDIDATES $TEACHER $LOSSES $STEPS" >> "$CALLS"
 def test_what_the_study_on_pydocs_learns_from(tmp_path, monkeypatch):
     """results/pydocs.sh: BM25's candidates, as many train queries as asked for, three members and
     their mean with a cosine; then results/study.sh on these. Again: nothing is made anew."""
-    for name, script in (("python", MAKER), ("bash", STUDY)):
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
+    python = a_python(tmp_path, MAKER)
+    (tmp_path / "bash").write_text(STUDY)
+    (tmp_path / "bash").chmod(0o755)
     calls, out = tmp_path / "calls", tmp_path / "out"
     env = {**os.environ, "CALLS": str(calls), "REAL": sys.executable, "OUT_DIR": str(out),
-           "PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+           "PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}",
            "LOSSES": "bce mse", "QUERIES": "2"}
 
     def started():
@@ -544,10 +552,7 @@ def test_what_the_study_on_pydocs_learns_from(tmp_path, monkeypatch):
     assert [call[0] for call in started()[0]] == 3 * ["train.py"]  # which know what is finished
 
 
-WARMER = """#!/bin/bash
-case $1 in -) exec "$REAL" "$@" ;; esac
-printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
-case $1 in
+WARMER = """case $1 in
     rerank.py) while [ "$1" != --out ]; do shift; done; touch "$2" ;;
     results/bi_encoder.py) printf 'q3 Q0 c-%s 1 %s x\\n' 0 0.5 1 -0.125 > "$5" ;;
 esac
@@ -563,14 +568,10 @@ def test_a_warm_start_reads_nothing_of_dev_and_test(tmp_path, monkeypatch):
         (wikiqa / f"runs/candidates.{split}.txt").write_text(line)
     sentences = {"a-0": "A", "a-1": "A", "b-0": "B", "b9-0": "B", "c-0": "C", "c-1": "C"}
     questions = {"q1": "who", "q2": "Which one?", "q3": "where", "q4": "which one"}
-    (wikiqa / "corpus.jsonl").write_text("".join(
-        json.dumps({"_id": d, "title": page, "text": d}) + "\n" for d, page in sentences.items()))
-    (wikiqa / "queries.jsonl").write_text("".join(
-        json.dumps({"_id": q, "text": text}) + "\n" for q, text in questions.items()))
-    (tmp_path / "python").write_text(WARMER)
-    (tmp_path / "python").chmod(0o755)
+    collection(wikiqa, questions, {d: (page, d) for d, page in sentences.items()})
+    python = a_python(tmp_path, WARMER)
     env = {**os.environ, "CALLS": str(calls), "REAL": sys.executable, "WIKIQA": str(wikiqa),
-           "PYTHON": str(tmp_path / "python")}
+           "PYTHON": str(python)}
     subprocess.run(["bash", "results/warm_start.sh", "minilm", str(out)], cwd=ROOT, env=env,
                    check=True)
     kept = {kind: re.findall(r'"_id": "(.+?)"', (out / f"unlabelled/{kind}.jsonl").read_text())
@@ -589,9 +590,7 @@ def test_a_warm_start_reads_nothing_of_dev_and_test(tmp_path, monkeypatch):
     assert (args.list_size, args.batch_size, args.steps, args.lr) == (16, 4, 640, 1e-4)
 
 
-ELSEWHERE = """#!/usr/bin/env bash
-printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
-case $1 in rerank.py)
+ELSEWHERE = """case $1 in rerank.py)
     while [ "$1" != --dataset ]; do shift; done
     for model in bce-lr1e-4-steps320-seed1 kl-lr5e-5-steps320-seed2; do
         touch "$SHARED/students/$model/x-${2##*/}.run.gz"
@@ -603,8 +602,7 @@ esac
 def test_models_elsewhere(tmp_path, monkeypatch):
     """results/transfer.sh: one call a collection re-ranks what the study chose, each into its
     model's folder, and what is judged are those runs."""
-    (tmp_path / "python").write_text(ELSEWHERE)
-    (tmp_path / "python").chmod(0o755)
+    python = a_python(tmp_path, ELSEWHERE)
     chosen = ("bce-lr1e-4-steps320-seed1", "kl-lr5e-5-steps320-seed2")
     for name in (*chosen, "kl-lr1e-4-steps320-seed1"):
         (tmp_path / "students" / name).mkdir(parents=True)
@@ -614,7 +612,7 @@ def test_models_elsewhere(tmp_path, monkeypatch):
     (tmp_path / "scifact/runs/bm25.test.top100.txt").touch()
     calls, folder = tmp_path / "calls", tmp_path / "students"
     env = {**os.environ, "CALLS": str(calls), "SHARED": str(tmp_path),
-           "PYTHON": str(tmp_path / "python")}
+           "PYTHON": str(python)}
     subprocess.run(["bash", "results/transfer.sh", str(folder)], cwd=ROOT, env=env, check=True,
                    capture_output=True)
     made = [line.split() for line in calls.read_text().splitlines()]
@@ -631,10 +629,7 @@ def test_models_elsewhere(tmp_path, monkeypatch):
         (str(tmp_path / name), first, written[name]) for name, (first, _) in firsts.items()]
 
 
-PEER = """#!/usr/bin/env bash
-case $1 in -) exec "$REAL" "$@" ;; esac
-printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
-all="$*"
+PEER = """all="$*"
 case $all in *"peer.py --loss $FAIL "*) echo "no memory"; exit 1 ;; esac
 while [ $# -gt 1 ] && [ "$1" != --out ]; do shift; done
 mkdir "$2"
@@ -650,14 +645,13 @@ esac
 def test_the_peer_beside_us_in_time(tmp_path):
     """results/peer.sh: the same flags for both, in turns; seconds a step, of ours between the
     first and the last row of the log; a failure is shown and ends it."""
-    (tmp_path / "python").write_text(PEER)
-    (tmp_path / "python").chmod(0o755)
+    python = a_python(tmp_path, PEER)
     calls = tmp_path / "calls"
 
     def timed(fail):
         calls.write_text("")
         env = {**os.environ, "CALLS": str(calls), "REAL": sys.executable, "FAIL": fail,
-               "TURNS": "2", "PYTHON": str(tmp_path / "python")}
+               "TURNS": "2", "PYTHON": str(python)}
         return subprocess.run(["bash", "results/peer.sh", "minilm"], cwd=ROOT, env=env,
                               capture_output=True, text=True)
 
